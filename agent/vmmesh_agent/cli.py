@@ -1,0 +1,469 @@
+"""vmmesh-agent on the command line: the only print, the only exit code.
+
+What a command needs is imported by it, so that `status` starts as fast as Python itself allows.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NoReturn
+
+from vmmesh_agent import __version__
+from vmmesh_agent.errors import AgentError, UsageError
+from vmmesh_agent.health import State
+from vmmesh_agent.host import Host
+
+if TYPE_CHECKING:
+    from vmmesh_agent.bundle import Bundle
+    from vmmesh_agent.config import Config
+    from vmmesh_agent.reconcile import World
+    from vmmesh_agent.report import Report
+    from vmmesh_agent.verify import VerifiedBundle
+
+_DEFAULT_TIMEOUT = 300.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    try:
+        options = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except AgentError as error:
+        _complain(error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+# --- commands ---
+
+
+def _run(options: argparse.Namespace) -> int:
+    import signal
+
+    from vmmesh_agent import log, notify
+    from vmmesh_agent.daemon import Daemon
+
+    def end(_signal: int, _frame: object) -> NoReturn:
+        notify.stopping()
+        raise SystemExit(0)  # every step leaves whole files behind, so it may be left anywhere
+
+    signal.signal(signal.SIGTERM, end)
+    host = Host(options.root)
+    Daemon(host, _config(options, host), log.logger()).run()
+    return 0
+
+
+def _bootstrap(options: argparse.Namespace) -> int:
+    from vmmesh_agent import report
+    from vmmesh_agent.reconcile import LOCK, World, describe, reconcile
+    from vmmesh_agent.watch import Watch
+
+    host = Host(options.root)
+    world = World(host, _config(options, host), _Terminal(), patience=options.timeout)
+    if options.dry_run:
+        return _preview(world)
+    host.require_root("joining the mesh")
+    with host.lock(LOCK):
+        watch = Watch(host, world.units)
+        trouble: AgentError | None = None
+        joined = None
+        try:
+            joined = reconcile(world, watch)
+        except AgentError as error:
+            trouble = error
+        current = describe(
+            host,
+            watch.observe(world.now()),
+            joined=joined,
+            before=report.load(host),
+            trouble=trouble,
+            moment=world.now(),
+            by_daemon=False,
+        )
+        report.save(host, current)
+    if trouble:
+        raise trouble
+    print()
+    _show(current)
+    return current.health.state.exit_status
+
+
+def _preview(world: "World") -> int:
+    from vmmesh_agent.reconcile import preview
+
+    bundle, package, changes = preview(world)
+    print(f"\nThe bundle for {bundle.workload} is sound. `bootstrap` would:")
+    print(f"  {package}" if package.source else f"  leave the package alone: {package}")
+    for change in changes:
+        print(f"  {change.path}: {change.what}")
+    for change in changes:
+        if diff := change.diff():
+            print(f"\n{diff}")
+    if not changes:
+        print("  change no file")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from vmmesh_agent.bundle import BundleRefusedError
+    from vmmesh_agent.verify import verify
+
+    host = Host()
+    try:
+        bundle = verify(_read_bundle(host, options.bundle), _now(), resolves=host.resolves, host_name=host.name)
+    except BundleRefusedError as refused:
+        if options.output == "json":
+            _print_json(
+                {
+                    "schema": "vmmesh.verify/v1",
+                    "accepted": False,
+                    "problems": [
+                        {"code": each.code, "file": each.file, "message": each.message, "remedy": each.hint}
+                        for each in refused.problems
+                    ],
+                }
+            )
+            return refused.exit_status
+        raise
+    if options.write:
+        _write_files(options.write, bundle)
+    if options.output == "json":
+        _print_json({"schema": "vmmesh.verify/v1", "accepted": True, "problems": [], **_described(bundle)})
+    else:
+        print("accepted")
+        for name, fact in _described(bundle).items():
+            print(f"  {name:<18}{', '.join(fact) if isinstance(fact, list) else fact}")
+    return 0
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from vmmesh_agent.reconcile import LOCK, World, restore
+
+    host = Host(options.root)
+    host.require_root("restoring the files")
+    with host.lock(LOCK):
+        restore(World(host, _config(options, host), _Terminal()))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    host = Host(options.root)
+    while True:
+        current = _current(host)
+        if options.watch:
+            print("\x1b[H\x1b[J" if sys.stdout.isatty() else "", end="")
+        status = _print_status(current, options.output)
+        if not options.watch:
+            return status
+        sys.stdout.flush()
+        time.sleep(2)
+
+
+def _print_status(current: "Report", output: str) -> int:
+    from vmmesh_agent import render
+
+    if output == "json":
+        _print_json(current.as_dict())
+    elif output == "prometheus":
+        print(render.prometheus(current), end="")
+    elif output == "nagios":
+        line, status = render.nagios(current, _now())
+        print(line)
+        return status
+    else:
+        _show(current)
+    return current.health.state.exit_status
+
+
+def _wait(options: argparse.Namespace) -> int:
+    host = Host(options.root)
+    deadline = None if options.timeout is None else time.monotonic() + options.timeout
+    while True:
+        current = _current(host)
+        if current.health.state == options.state:
+            return 0
+        if deadline is not None and time.monotonic() >= deadline:
+            print(f"vmmesh-agent: still {current.health.state} after {options.timeout:g} s", file=sys.stderr)
+            return current.health.state.exit_status or 1
+        time.sleep(0.5)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from vmmesh_agent import render, report
+    from vmmesh_agent.diagnosis import Diagnosis
+    from vmmesh_agent.records import Stream
+
+    diagnosis = Diagnosis()
+    for name in options.files:
+        stream = Stream(options.stream or ("err" if name.endswith("err.log") else "log"))
+        for chunk in _chunks(name):
+            diagnosis.feed(chunk, stream)
+        diagnosis.end()
+    health = diagnosis.health(None)
+    if options.output == "json":
+        _print_json({"schema": report.SCHEMA, **report.health_as_dict(health)})
+    else:
+        print(render.human_health(health, width=_width(), colour=_in_colour()), end="")
+    return health.state.exit_status
+
+
+def _check_config(options: argparse.Namespace) -> int:
+    from dataclasses import fields, is_dataclass
+
+    def settings(value: object, prefix: str) -> Iterator[str]:
+        if is_dataclass(value):
+            for field in fields(value):
+                yield from settings(getattr(value, field.name), f"{prefix}.{field.name}" if prefix else field.name)
+        elif value not in (None, "", ()):
+            shown = list(value) if isinstance(value, tuple) else value
+            yield f"{prefix}: {str(shown).lower() if isinstance(shown, bool) else shown}"
+
+    for line in settings(_config(options, Host(options.root)), ""):
+        print(line)
+    return 0
+
+
+# --- what several commands need ---
+
+
+def _config(options: argparse.Namespace, host: Host) -> "Config":
+    from vmmesh_agent import config
+    from vmmesh_agent.errors import ConfigurationError
+
+    if options.config:
+        paths = [PurePosixPath(options.config.absolute())]
+    else:
+        drop_ins = [config.FOLDER / name for name in host.names_in(config.FOLDER) if name.endswith(".yaml")]
+        paths = [config.FILE, *drop_ins]
+    contents = [(path, host.read(path)) for path in paths]
+    documents = [(path, content) for path, content in contents if content is not None]
+    if not documents:
+        raise ConfigurationError(
+            f"{paths[0]} is not there", code="configuration-missing", hint="write it; it needs at least endpoint.url"
+        )
+    return config.parse(documents)
+
+
+def _current(host: Host) -> "Report":
+    """Return the daemon's record where it is fresh, else look for ourselves."""
+    from vmmesh_agent import report
+
+    before = report.load(host)
+    moment = _now()
+    if before and before.by_daemon and 0 <= (moment - before.updated_at).total_seconds() < report.FRESH_SECONDS:
+        return before
+    from vmmesh_agent.reconcile import describe
+    from vmmesh_agent.units import Units
+    from vmmesh_agent.watch import Watch
+
+    known = (before.unit.invocation, before.health) if before else None
+    observation = Watch(host, Units(host), known=known).observe(moment)
+    return describe(host, observation, joined=None, before=before, trouble=None, moment=moment, by_daemon=False)
+
+
+def _show(current: "Report") -> None:
+    from vmmesh_agent import render
+
+    print(render.human(current, _now(), width=_width(), colour=_in_colour()), end="")
+
+
+def _read_bundle(host: Host, name: str) -> "Bundle":
+    from vmmesh_agent import bundle
+    from vmmesh_agent.fetch import read_bundle
+
+    if name == "-":
+        return bundle.unpack(sys.stdin.buffer.read(bundle.MAX_BYTES + 1))
+    return read_bundle(host, PurePosixPath(Path(name).resolve()))
+
+
+def _write_files(folder: Path, bundle: "VerifiedBundle") -> None:
+    from vmmesh_agent.errors import HostError
+
+    contents = {
+        "root-cert.pem": (bundle.root_cert, 0o644),
+        "istio-token": (bundle.token.reveal().encode(), 0o600),
+        "cluster.env": (bundle.cluster_env, 0o644),
+        "mesh.yaml": (bundle.mesh, 0o644),
+        "hosts": ("".join(f"{line}\n" for line in bundle.hosts).encode(), 0o644),
+    }
+    try:
+        folder.mkdir(parents=True)
+        for name, (content, mode) in contents.items():
+            file = folder / name
+            file.touch(mode, exist_ok=False)
+            file.write_bytes(content)
+    except OSError as error:
+        raise HostError(
+            f"{folder}: {error.strerror}", code="folder-not-written", hint="name a folder that does not exist yet"
+        ) from None
+
+
+def _described(bundle: "VerifiedBundle") -> dict[str, str | list[str]]:
+    return {
+        "workload": str(bundle.workload),
+        "discovery": bundle.discovery,
+        "hosts": [str(line) for line in bundle.hosts],
+        "token_expires_at": f"{bundle.token_expires_at:%Y-%m-%dT%H:%M:%SZ}",
+        "sidecar": bundle.sidecar.version if bundle.sidecar else "",
+        "notes": list(bundle.notes),
+    }
+
+
+def _chunks(name: str) -> Iterator[bytes]:
+    from vmmesh_agent.errors import HostError
+
+    try:
+        with sys.stdin.buffer if name == "-" else Path(name).open("rb") as file:
+            while chunk := file.read(1024**2):
+                yield chunk
+    except OSError as error:
+        raise HostError(f"{name}: {error.strerror}", code="file-unreadable") from None
+
+
+class _Terminal:
+    """The steps as a person at a terminal wants to see them, each with its time."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stdout.isatty()
+
+    @contextmanager
+    def step(self, name: str) -> "Iterator[_TerminalStep]":
+        begin = time.monotonic()
+        step = _TerminalStep(name, begin, self._is_terminal)
+        step.draw("…")
+        try:
+            yield step
+        except BaseException:
+            step.end("failed")
+            raise
+        step.end(step.detail)
+
+    def retrying(self, trouble: AgentError) -> None:
+        self.note(f"{trouble.message}; trying again")
+
+    def note(self, text: str) -> None:
+        print(f"\r\x1b[K         {text}" if self._is_terminal else f"         {text}", flush=True)
+
+
+class _TerminalStep:
+    def __init__(self, name: str, begin: float, is_terminal: bool) -> None:
+        self.detail = ""
+        self._name = name
+        self._begin = begin
+        self._is_terminal = is_terminal
+
+    def says(self, detail: str) -> None:
+        self.detail = detail
+        self.draw(detail)
+
+    def progress(self, done: int, total: int | None) -> None:
+        if total:
+            filled = min(20, 20 * done // total)
+            self.draw(f"[{'#' * filled}{'.' * (20 - filled)}] {done // 1024**2} of {total // 1024**2} MiB")
+        else:
+            self.draw(f"{done // 1024**2} MiB")
+
+    def draw(self, text: str) -> None:
+        """Show what is going on, where there is a terminal to redraw."""
+        if self._is_terminal:
+            print(f"\r\x1b[K{self._line(text)[: _width() - 1]}", end="", flush=True)
+
+    def end(self, text: str) -> None:
+        print(f"\r\x1b[K{self._line(text)}" if self._is_terminal else self._line(text), flush=True)
+
+    def _line(self, text: str) -> str:
+        return f"{self._name:<8} {time.monotonic() - self._begin:5.1f} s  {text}"
+
+
+def _complain(error: AgentError) -> None:
+    print(f"vmmesh-agent: {error.message} [{error.code}]", file=sys.stderr)
+    for line in error.hint.splitlines():
+        print(f"  → {line}", file=sys.stderr)
+
+
+def _print_json(document: object) -> None:
+    import json
+
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _width() -> int:
+    return max(40, min(120, shutil.get_terminal_size((80, 24)).columns))
+
+
+def _in_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+# --- the command line ---
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, code="usage", hint=f"see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="vmmesh-agent",
+        description="Puts this virtual machine into an Istio mesh and keeps it there.",
+        epilog="Exit status of status, bootstrap, wait and explain: 0 healthy, 1 failed, 2 degraded, 3 starting,"
+        " stopped or not joined, 4 unknown. All commands: 64 usage, 77 not permitted, 78 configuration.",
+    )
+    parser.add_argument("--version", action="version", version=f"vmmesh-agent {__version__}")
+    parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="work on another tree")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="read this file instead of /etc/vmmesh-agent")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable[[argparse.Namespace], int], help_text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help_text, description=help_text)
+        added.set_defaults(command=function)
+        return added
+
+    command("run", _run, "the daemon: join the mesh and stay in it")
+    bootstrap = command("bootstrap", _bootstrap, "join the mesh once, in the foreground")
+    bootstrap.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
+    bootstrap.add_argument("--timeout", type=_seconds, default=_DEFAULT_TIMEOUT, metavar="S", help="(default: 300)")
+    verify = command("verify", _verify, "judge a bundle without touching the machine")
+    verify.add_argument("--output", choices=["human", "json"], default="human")
+    verify.add_argument("--write", type=Path, metavar="DIR", help="put the files into this new folder")
+    verify.add_argument("bundle", metavar="BUNDLE", help="a folder, an archive, a JSON or Secret file, or -")
+    command("restore", _restore, "put the files of the last verified bundle back, without network")
+    status = command("status", _status, "say how this VM is, and why")
+    status.add_argument("--output", choices=["human", "json", "prometheus", "nagios"], default="human")
+    status.add_argument("--watch", action="store_true", help="show it again and again")
+    wait = command("wait", _wait, "wait until a state is reached")
+    wait.add_argument("--for", dest="state", type=State, choices=list(State), default=State.HEALTHY, metavar="STATE")
+    wait.add_argument("--timeout", type=_seconds, metavar="S", help="give up after so many seconds")
+    explain = command("explain", _explain, "say what sidecar logs mean")
+    explain.add_argument("--stream", choices=["log", "err", "journal"], help="what the files are (default: by name)")
+    explain.add_argument("--output", choices=["human", "json"], default="human")
+    explain.add_argument("files", nargs="+", metavar="FILE", help="log files, or - for standard input")
+    command("check-config", _check_config, "validate the configuration and print what is in force")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e9:
+        raise ValueError
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Bytes from the cluster: the bundle, and the package that it names.
+
+The network itself is `network`'s, a child process without privileges: it runs as istio-proxy, which is exempt
+from traffic capture, so that the endpoint is reached even when the sidecar is dead; before there is such a user
+it runs as nobody. What it answers is read here as a stranger's: bounded in size, and judged by `verify` after.
+"""
+
+import hashlib
+import hmac
+import json
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from vmmesh_agent import bundle as bundles
+from vmmesh_agent.bundle import Bundle
+from vmmesh_agent.config import Config, Credential
+from vmmesh_agent.errors import AgentError, ConfigurationError, FetchError
+from vmmesh_agent.host import Account, Child, Host
+
+SIDECAR_USER = "istio-proxy"
+NOBODY = Account(65534, 65534)
+
+MAX_PACKAGE_BYTES = 1024**3
+_MAX_ANSWER = 8 * bundles.MAX_BYTES  # a byte of a file may take six in JSON
+_MAX_CREDENTIAL = 64 * 1024
+_EXEC_SECONDS = 30
+
+OnRetry = Callable[[AgentError], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """An answer of the endpoint: `bundle` is None where the one with our `etag` still stands; `date` is its clock."""
+
+    bundle: Bundle | None
+    etag: str = ""
+    date: str = ""
+
+
+def fetch(
+    host: Host, config: Config, *, etag: str = "", patience: float | None = None, on_retry: OnRetry = lambda _: None
+) -> Fetched:
+    """Get the bundle from wherever the configuration says.
+
+    Passing trouble is retried for `patience` seconds (None: for ever) and told to `on_retry`; a refusal is raised
+    at once as `FetchError`, what cannot be read as `BundleRefusedError`.
+    """
+    if config.endpoint.url.startswith("file:"):
+        return _from_disk(host, PurePosixPath(unquote(urlsplit(config.endpoint.url).path)))
+    request = _request(host, config, config.endpoint.url) | {
+        "kind": "bundle",
+        "headers": _headers(host, config, etag),
+    }
+    with _child(host, request) as child:
+        answer = _last_event(child, patience, on_retry)
+    if answer["event"] == "not-modified":
+        return Fetched(None, etag, str(answer.get("date", "")))
+    if answer["event"] != "bundle" or not isinstance(answer.get("bundle"), dict):
+        raise _broken("an answer that is none")
+    return Fetched(bundles.from_json(answer["bundle"]), str(answer.get("etag", "")), str(answer.get("date", "")))
+
+
+def read_bundle(host: Host, path: PurePosixPath) -> Bundle:
+    """Read a bundle from this machine: a directory with the five files, an archive, a JSON or Secret file."""
+    found = host.status(path)
+    if found and found.is_directory:
+        limit = bundles.MAX_BYTES
+        contents = {name: host.read(path / name, limit) for name in bundles.FILES}
+        return Bundle({name: content for name, content in contents.items() if content is not None})
+    content = host.read(path, bundles.MAX_BYTES)
+    if content is None:
+        raise FetchError(f"{path} is not there", code="bundle-not-found", hint="see endpoint.url", retry=True)
+    return bundles.unpack(content)
+
+
+def _from_disk(host: Host, path: PurePosixPath) -> Fetched:
+    bundle = read_bundle(host, path)
+    etag = hashlib.sha256(json.dumps(bundle.as_json(), sort_keys=True).encode()).hexdigest()
+    return Fetched(bundle, etag)
+
+
+# --- the package ---
+
+
+class Download:
+    """A package on its way into a file of our own, while the caller does other things.
+
+    The child writes, we read what it wrote: the digest is computed here, over the bytes as they arrive, and it is
+    these bytes in this file that are installed.
+    """
+
+    def __init__(self, host: Host, config: Config, *, url: str, sha256: str, into: PurePosixPath) -> None:
+        self._host = host
+        self._into = into
+        self._expected = sha256
+        self._digest = hashlib.sha256()
+        self._file = open(host.create(into), "rb")  # noqa: PTH123, SIM115  # a descriptor, closed by `stop`
+        self.received = 0
+        request = _request(host, config, url) | {
+            "kind": "package",
+            "headers": {},
+            "descriptor": self._file.fileno(),
+            "limit": MAX_PACKAGE_BYTES,
+        }
+        if not _is_same_origin(url, config.endpoint.url):
+            # Somebody else's server: it gets no credential of ours, and is trusted as any server is.
+            request |= {"bearer": "", "client_certificate": "", "pins": [], "ca": ""}
+        self._context = _child(host, request, self._file.fileno())
+        self._child = self._context.__enter__()
+
+    def finish(
+        self,
+        *,
+        patience: float | None = None,
+        on_retry: OnRetry = lambda _: None,
+        on_progress: Callable[[int], None] = lambda _: None,
+    ) -> PurePosixPath:
+        """Wait for the end and return the path, the digest checked. `on_progress` gets the bytes so far."""
+
+        def idle() -> None:
+            self._read_on()
+            on_progress(self.received)
+
+        _last_event(self._child, patience, on_retry, idle)
+        self._read_on()
+        if self._digest.hexdigest() != self._expected:
+            self._host.remove(self._into)
+            raise FetchError(
+                f"the package has the digest {self._digest.hexdigest()}, expected {self._expected}",
+                code="package-wrong-digest",
+                hint="it was altered on its way or replaced where it is kept; nothing was installed",
+            )
+        return self._into
+
+    def stop(self) -> None:
+        """End the child and close the file, whatever came of it."""
+        self._context.__exit__(None, None, None)
+        self._file.close()
+
+    def _read_on(self) -> None:
+        size = self._file.seek(0, 2)
+        if size < self.received:  # a new attempt began at the start
+            self.received = 0
+            self._digest = hashlib.sha256()
+        self._file.seek(self.received)
+        while chunk := self._file.read(1024**2):
+            self._digest.update(chunk)
+            self.received += len(chunk)
+
+
+def _is_same_origin(first: str, second: str) -> bool:
+    one, other = urlsplit(first), urlsplit(second)
+    return (one.scheme, one.hostname, one.port or 443) == (other.scheme, other.hostname, other.port or 443)
+
+
+# --- what the child is told ---
+
+
+def _request(host: Host, config: Config, url: str) -> dict[str, Any]:
+    endpoint = config.endpoint
+    certificate = endpoint.credential.client_certificate
+    return {
+        "url": url,
+        "timeout": endpoint.timeout,
+        "ca": _configured(host, endpoint.ca_file, "endpoint.ca_file") if endpoint.ca_file else "",
+        "pins": list(endpoint.ca_pins),
+        "bearer": _bearer(host, endpoint.credential),
+        "client_certificate": _configured(host, certificate.certificate, "endpoint.credential.client_certificate")
+        + "\n"
+        + _configured(host, certificate.key, "endpoint.credential.client_certificate")
+        if certificate
+        else "",
+    }
+
+
+def _headers(host: Host, config: Config, etag: str) -> dict[str, str]:
+    headers = {"Vmmesh-Machine": machine_id(host)}
+    if config.workload_group:
+        headers["Vmmesh-Workload-Group"] = str(config.workload_group)
+    if etag:
+        headers["If-None-Match"] = etag
+    return headers
+
+
+def machine_id(host: Host) -> str:
+    """Return what the endpoint knows this machine by: stable, and of no use elsewhere.
+
+    machine-id(5) asks that the ID itself is not shown to the network but a keyed hash of it.
+    """
+    own = (host.read(PurePosixPath("/etc/machine-id")) or b"").strip()
+    return hmac.new(own, b"vmmesh-agent", hashlib.sha256).hexdigest()
+
+
+def _bearer(host: Host, credential: Credential) -> str:
+    if credential.exec:
+        output = host.run(credential.exec, timeout=_EXEC_SECONDS, output_limit=_MAX_CREDENTIAL).stdout
+        token, source = output.strip(), credential.exec[0]
+    elif path := credential.join_token_file or credential.bearer_token_file:
+        token, source = _configured(host, path, "endpoint.credential").strip(), str(path)
+    else:
+        return ""
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise FetchError(f"{source} gave no usable token (one word of text)", code="credential-invalid", retry=True)
+    return token
+
+
+def _configured(host: Host, path: PurePosixPath, key: str) -> str:
+    """Return the text of a file that the configuration names."""
+    content = host.read(path, _MAX_CREDENTIAL)
+    if content is None:
+        raise FetchError(f"{key}: {path} is not there", code="credential-missing", hint="put it there", retry=True)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{key}: {path} is not text", code="configuration-invalid") from None
+
+
+# --- the child ---
+
+
+@contextmanager
+def _child(host: Host, request: Mapping[str, Any], *descriptors: int) -> Iterator[Child]:
+    """Run the network child and give it its request; end it with the block, whatever happens."""
+    account = host.account(SIDECAR_USER) or NOBODY
+    argv = [sys.executable, "-P", "-m", "vmmesh_agent.network", str(account.uid), str(account.gid)]
+    child = host.start(argv, pass_descriptors=descriptors)
+    try:
+        assert child.stdin is not None  # noqa: S101  # started with pipes
+        with suppress(BrokenPipeError):  # it died at once; what it said tells why
+            child.stdin.write(json.dumps(request).encode())
+            child.stdin.close()
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+        for pipe in (child.stdout, child.stderr):
+            if pipe:
+                pipe.close()
+
+
+def _last_event(
+    child: Child,
+    patience: float | None,
+    on_retry: OnRetry,
+    idle: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Read the child's events until it is done; raise what failed, or the last trouble when patience ends."""
+    deadline = None if patience is None else time.monotonic() + patience
+    trouble: FetchError | None = None
+    for line in _lines(child, deadline, idle):
+        event = json.loads(line)
+        if event["event"] not in {"retry", "failed"}:
+            return dict(event)
+        error = FetchError(
+            str(event["message"]), code=str(event["code"]), hint=str(event["hint"]), retry=bool(event["retry"])
+        )
+        if event["event"] == "failed":
+            raise error
+        trouble = error
+        on_retry(trouble)
+    if deadline is not None and time.monotonic() >= deadline:
+        raise trouble or FetchError(
+            f"no answer within {patience:g} s", code="endpoint-unreachable", hint="see endpoint.url", retry=True
+        )
+    raise _broken(_last_words(child))
+
+
+def _lines(child: Child, deadline: float | None, idle: Callable[[], None]) -> Iterator[bytes]:
+    assert child.stdout is not None  # noqa: S101  # started with pipes
+    pending = b""
+    while deadline is None or time.monotonic() < deadline:
+        readable, _, _ = select.select([child.stdout], [], [], 0.2)
+        idle()
+        if not readable:
+            continue
+        chunk = child.stdout.read1(64 * 1024)  # type: ignore[attr-defined]  # the pipe is a BufferedReader
+        if not chunk:
+            return
+        *lines, pending = (pending + chunk).split(b"\n")
+        if len(pending) > _MAX_ANSWER:
+            raise _broken("an answer without end")
+        yield from lines
+
+
+def _last_words(child: Child) -> str:
+    assert child.stderr is not None  # noqa: S101  # started with pipes
+    return child.stderr.read(4096).decode(errors="replace").strip().rpartition("\n")[2] or "nothing"
+
+
+def _broken(answer: str) -> FetchError:
+    return FetchError(f"the network child broke; it said {answer!r}", code="network-child-broken", retry=True)

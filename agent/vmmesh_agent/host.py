@@ -1,0 +1,510 @@
+"""The machine: its files, its users, its commands. THE seam: `os` and `subprocess` are used nowhere else.
+
+Every path of the machine is a `PurePosixPath` and is looked up below the root prefix, links included, so that
+`--root DIR` works on another tree as in rpm and systemctl.
+
+Some of the folders belong to istio-proxy, a lesser user. So each path is walked by directory descriptors, a
+link is followed only where root (or the caller) owns it, a file is never opened for writing by name, and no
+ownership is ever changed by a recursive walk.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import pwd
+import secrets
+import shutil
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeAlias
+
+from vmmesh_agent.errors import HostError, NotPermittedError
+
+_MAX_LINKS = 40  # as the kernel
+_OPEN_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+Child: TypeAlias = "subprocess.Popen[bytes]"
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A user of the machine by numbers."""
+
+    uid: int
+    gid: int
+
+
+ROOT = Account(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is at a path: kind and mode (permission bits), owner, size in bytes, inode."""
+
+    is_directory: bool
+    is_file: bool
+    mode: int
+    owner: Account
+    size: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """How a command ended; the output is text."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def last_words(self) -> str:
+        """What it said last, in up to six lines: the reason, where it failed."""
+        lines = [line for line in (self.stderr or self.stdout).splitlines() if line.strip()]
+        return "\n".join(lines[-6:])
+
+
+class Host:
+    """One machine, at `root` as seen from this process."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.root = root
+
+    @property
+    def is_running(self) -> bool:
+        """Is this the machine that we run on, rather than an image tree?"""
+        return self.root == Path("/")
+
+    # --- users and names ---
+
+    @property
+    def is_root(self) -> bool:
+        return os.geteuid() == 0
+
+    def require_root(self, purpose: str) -> None:
+        """Raise `NotPermittedError` (exit 77) unless we are root."""
+        if not self.is_root:
+            raise NotPermittedError(f"{purpose} needs root", code="not-root", hint="run it with sudo, or as root")
+
+    def account(self, name: str) -> Account | None:
+        """Return the user's numbers, None where there is no such user."""
+        if self.is_running:
+            try:
+                entry = pwd.getpwnam(name)
+            except KeyError:
+                return None
+            return Account(entry.pw_uid, entry.pw_gid)
+        for line in (self.read(PurePosixPath("/etc/passwd")) or b"").decode(errors="replace").splitlines():
+            fields = line.split(":")
+            if fields[0] == name and len(fields) > 3:
+                return Account(int(fields[2]), int(fields[3]))
+        return None
+
+    def resolves(self, name: str) -> bool:
+        """Does this machine's resolver (hosts file, DNS, whatever it has) find an address for the name?"""
+        try:
+            return bool(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError):  # a name that IDNA cannot encode is a UnicodeError
+            return False
+
+    @property
+    def name(self) -> str:
+        """The machine's host name."""
+        return socket.gethostname()
+
+    # --- files ---
+
+    def read(self, path: PurePosixPath, limit: int = 16 * 1024**2) -> bytes | None:
+        """Return the content of a plain file, None where there is none. Raise `HostError` beyond `limit` bytes."""
+        with _explained(path):
+            try:
+                with self._parent(path) as (folder, name):
+                    descriptor = os.open(
+                        name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder
+                    )
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor, not a path
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise HostError(f"{path} is not a plain file", code="not-a-file", hint="look at what put it there")
+                content = file.read(limit + 1)
+        if len(content) > limit:
+            raise HostError(f"{path} is larger than {limit} bytes", code="file-too-large")
+        return content
+
+    def sha256(self, path: PurePosixPath) -> str:
+        """Return the hex digest of a file of any size."""
+        with _explained(path), self._parent(path) as (folder, name):
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor, not a path
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def status(self, path: PurePosixPath) -> Status | None:
+        """Return what is at the path (a link at its end is not followed), None where there is nothing."""
+        with _explained(path):
+            try:
+                with self._parent(path) as (folder, name):
+                    found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return Status(
+            is_directory=stat.S_ISDIR(found.st_mode),
+            is_file=stat.S_ISREG(found.st_mode),
+            mode=stat.S_IMODE(found.st_mode),
+            owner=Account(found.st_uid, found.st_gid),
+            size=found.st_size,
+            inode=found.st_ino,
+        )
+
+    def names_in(self, path: PurePosixPath) -> list[str]:
+        """Return the names in a folder, sorted; none where there is no such folder."""
+        with _explained(path):
+            try:
+                with self._folder(path) as folder, _readable(folder) as descriptor:
+                    return sorted(os.listdir(descriptor))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def write(self, path: PurePosixPath, content: bytes, owner: Account, mode: int) -> None:
+        """Put a file there whole: whoever looks sees the old content or the new one, also after a power cut."""
+        with _explained(path), self._parent(path) as (folder, name):
+            temporary = f".{name}.{secrets.token_hex(4)}.vmmesh"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(temporary, flags, 0o600, dir_fd=folder)
+            try:
+                with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor, not a path
+                    file.write(content)
+                    file.flush()
+                    _own(descriptor, owner)
+                    os.fchmod(descriptor, mode)
+                    os.fsync(descriptor)
+                os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=folder)
+                raise
+            _sync(folder)
+
+    def make_folder(self, path: PurePosixPath, owner: Account, mode: int) -> None:
+        """Make a folder, its parents too (those as root's, 0755), or give an existing one this owner and mode."""
+        with _explained(path):
+            for parent in reversed(path.parents[:-1]):
+                self._make_one(parent, ROOT, 0o755)
+            self._make_one(path, owner, mode)
+            self.set_owner(path, owner, mode)
+
+    def _make_one(self, path: PurePosixPath, owner: Account, mode: int) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._folder(path):
+            return
+        with self._parent(path) as (folder, name):
+            os.mkdir(name, 0o700, dir_fd=folder)
+            _sync(folder)
+        self.set_owner(path, owner, mode)
+
+    def set_owner(self, path: PurePosixPath, owner: Account, mode: int) -> None:
+        """Give a plain file or a folder this owner and mode; what is inside a folder stays as it is."""
+        with _explained(path), self._parent(path) as (folder, name):
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                _own(descriptor, owner)
+                os.fchmod(descriptor, mode)
+            finally:
+                os.close(descriptor)
+
+    def remove(self, path: PurePosixPath) -> None:
+        """Remove a file; nothing happens where there is none."""
+        gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with _explained(path), gone, self._parent(path) as (folder, name):
+            os.unlink(name, dir_fd=folder)
+            _sync(folder)
+
+    def free_bytes(self, path: PurePosixPath) -> int:
+        """Return the space that root may still use where the path is, or where it would be made."""
+        with _explained(path):
+            for candidate in (path, *path.parents):
+                with (
+                    contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                    self._folder(candidate) as folder,
+                ):
+                    found = os.statvfs(folder)
+                    return found.f_bfree * found.f_frsize
+        return 0
+
+    def outside(self, path: PurePosixPath) -> Path:
+        """Return the path for a program that is run from outside the tree, such as `rpm --root`."""
+        return self.root / path.relative_to("/")
+
+    def create(self, path: PurePosixPath, mode: int = 0o600) -> int:
+        """Make a new file of our own, replacing one that is there, and return a descriptor for reading and writing."""
+        self.remove(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with _explained(path), self._parent(path) as (folder, name):
+            return os.open(name, flags, mode, dir_fd=folder)
+
+    @contextlib.contextmanager
+    def _parent(self, path: PurePosixPath) -> Iterator[tuple[int, str]]:
+        """Open the folder that holds the path's last component."""
+        with self._folder(path.parent) as folder:
+            yield folder, path.name
+
+    @contextlib.contextmanager
+    def _folder(self, path: PurePosixPath) -> Iterator[int]:
+        """Open a folder, walking component by component below the root."""
+        descriptor = self._walk(path)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _walk(self, path: PurePosixPath) -> int:
+        pending = list(reversed(path.parts[1:]))
+        trail = [os.open(self.root, _OPEN_FOLDER & ~os.O_NOFOLLOW)]
+        links = 0
+        try:
+            while pending:
+                part = pending.pop()
+                if part == "..":  # only a link's target has it
+                    if len(trail) > 1:
+                        os.close(trail.pop())
+                    continue
+                try:
+                    trail.append(os.open(part, _OPEN_FOLDER, dir_fd=trail[-1]))
+                except OSError as error:
+                    if error.errno not in {errno.ELOOP, errno.ENOTDIR}:
+                        raise
+                    target = PurePosixPath(_trusted_link(part, trail[-1]))
+                    links += 1
+                    if links > _MAX_LINKS:
+                        raise
+                    if target.is_absolute():
+                        while len(trail) > 1:
+                            os.close(trail.pop())
+                    pending.extend(reversed([piece for piece in target.parts if piece != "/"]))
+            return os.dup(trail[-1])
+        finally:
+            for descriptor in trail:
+                os.close(descriptor)
+
+    # --- commands ---
+
+    def has_program(self, name: str) -> bool:
+        """Is the program on the PATH of this machine?"""
+        return shutil.which(name) is not None
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        timeout: float = 60,
+        check: bool = True,
+        environment: Mapping[str, str] | None = None,
+        output_limit: int = 16 * 1024**2,
+    ) -> Completed:
+        """Run a command to its end. `timeout` in seconds; `check` makes a non-zero status a `HostError`."""
+        try:
+            done = subprocess.run(
+                argv,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=timeout,
+                check=False,
+                env={**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})},
+            )
+        except FileNotFoundError:
+            raise HostError(
+                f"{argv[0]} is not installed",
+                code="program-missing",
+                hint=f"install the package that has {argv[0]}",
+            ) from None
+        except PermissionError:
+            raise HostError(f"{argv[0]} may not be run", code="permission-denied") from None
+        except subprocess.TimeoutExpired:
+            raise HostError(
+                f"`{' '.join(argv)}` did not end within {timeout:.0f} s", code="command-timeout", retry=True
+            ) from None
+        completed = Completed(
+            tuple(argv),
+            done.returncode,
+            done.stdout[:output_limit].decode(errors="replace"),
+            done.stderr[:output_limit].decode(errors="replace"),
+        )
+        if check and completed.status != 0:
+            raise HostError(
+                f"`{' '.join(argv)}` failed with status {completed.status}: {completed.last_words}",
+                code="command-failed",
+                retry=True,
+            )
+        return completed
+
+    def start(self, argv: Sequence[str], *, pass_descriptors: Sequence[int] = ()) -> Child:
+        """Start a child in a session of its own, with pipes to its standard input, output and error."""
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/",
+            start_new_session=True,
+            pass_fds=pass_descriptors,
+        )
+
+    @contextlib.contextmanager
+    def lock(self, path: PurePosixPath) -> Iterator[None]:
+        """Hold the lock file for as long as the block lasts; raise `HostError` where another process has it."""
+        self.make_folder(path.parent, ROOT, 0o700)
+        with _explained(path), self._parent(path) as (folder, name):
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another vmmesh-agent"
+                raise HostError(
+                    f"{holder} is at work on this machine",
+                    code="locked",
+                    hint="wait for it to end",
+                    retry=True,
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"vmmesh-agent (process {os.getpid()})\n".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+class LogFile:
+    """New bytes of a log file from a position on, through its creation, truncation and rotation.
+
+    A file that was truncated and has already outgrown the old position is told by its first bytes; a hole of
+    NUL bytes, left by truncating under a writer with a position of its own, is skipped without being read.
+    """
+
+    _HEAD = 64
+
+    def __init__(self, host: Host, path: PurePosixPath, *, tail: int | None = None) -> None:
+        """Begin at the file's start, or `tail` bytes before its end."""
+        self._host = host
+        self._path = path
+        self._descriptor: int | None = None
+        self._position = 0
+        self._head = b""
+        self._open()
+        if self._descriptor is not None and tail is not None:
+            self._position = max(0, os.fstat(self._descriptor).st_size - tail)
+
+    def skip_to_end(self) -> None:
+        """Leave out what is there now."""
+        if self._descriptor is not None:
+            self._position = os.fstat(self._descriptor).st_size
+
+    def read(self, limit: int = 1024**2) -> bytes:
+        """Return up to `limit` new bytes, none where there are no more."""
+        if self._descriptor is None:
+            self._open()
+        if self._descriptor is None:
+            return b""
+        self._notice_truncation(self._descriptor)
+        data = self._read_on(self._descriptor, limit)
+        if not data and self._was_replaced(self._descriptor):
+            self.close()
+            self._open()
+            return b"" if self._descriptor is None else self._read_on(self._descriptor, limit)
+        return data
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
+        self._position = 0
+        self._head = b""
+
+    def _open(self) -> None:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with _explained(self._path), gone, self._host._parent(self._path) as (folder, name):  # noqa: SLF001
+            self._descriptor = os.open(name, flags, dir_fd=folder)
+
+    def _notice_truncation(self, descriptor: int) -> None:
+        head = os.pread(descriptor, self._HEAD, 0)
+        if os.fstat(descriptor).st_size < self._position or not head.startswith(self._head):
+            self._position = 0
+        self._head = head
+
+    def _read_on(self, descriptor: int, limit: int) -> bytes:
+        try:
+            self._position = os.lseek(descriptor, self._position, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole follows, or the end
+            return b""
+        data = os.pread(descriptor, limit, self._position)
+        self._position += len(data)
+        return data
+
+    def _was_replaced(self, descriptor: int) -> bool:
+        found = self._host.status(self._path)
+        return found is not None and found.inode != os.fstat(descriptor).st_ino
+
+
+@contextlib.contextmanager
+def _readable(folder: int) -> Iterator[int]:
+    """Open anew a folder that was only walked through: listing and syncing need the right to read it."""
+    descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _sync(folder: int) -> None:
+    """Make the names in a folder survive a power cut."""
+    with _readable(folder) as descriptor:
+        os.fsync(descriptor)
+
+
+def _own(descriptor: int, owner: Account) -> None:
+    found = os.fstat(descriptor)
+    if (found.st_uid, found.st_gid) != (owner.uid, owner.gid):
+        os.fchown(descriptor, owner.uid, owner.gid)
+
+
+def _trusted_link(name: str, folder: int) -> str:
+    """Return where a link leads, where its owner may be trusted; a lesser user's link could lead root astray."""
+    found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if not stat.S_ISLNK(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
+    if found.st_uid not in {0, os.geteuid()}:
+        raise HostError(
+            f"the link {name!r} belongs to user {found.st_uid} and is not followed",
+            code="foreign-link",
+            hint="see who made it and remove it",
+        )
+    return os.readlink(name, dir_fd=folder)
+
+
+_MEANINGS = {
+    errno.ENOSPC: ("disk-full", "no space is left on the disk", "make room, then try again"),
+    errno.EDQUOT: ("disk-full", "the disk quota is used up", "make room, then try again"),
+    errno.EROFS: ("disk-read-only", "the disk is mounted read-only", "see why (dmesg), mount it for writing"),
+    errno.ELOOP: ("foreign-link", "it is a link", "see who made it and remove it"),
+    errno.EMFILE: ("too-many-open-files", "too many files are open", "raise the limit (LimitNOFILE)"),
+    errno.ENFILE: ("too-many-open-files", "too many files are open on this machine", ""),
+}
+
+
+@contextlib.contextmanager
+def _explained(path: PurePosixPath) -> Iterator[None]:
+    """Turn an OSError into an `AgentError` that names the path."""
+    try:
+        yield
+    except PermissionError as error:
+        raise NotPermittedError(f"{path}: {error.strerror}", code="permission-denied", hint="run it as root") from error
+    except OSError as error:
+        code, meaning, hint = _MEANINGS.get(error.errno or 0, ("disk-error", error.strerror or str(error), ""))
+        raise HostError(f"{path}: {meaning}", code=code, hint=hint, retry=True) from error

@@ -1,0 +1,257 @@
+"""rpm and dpkg behind one small protocol.
+
+Dependencies are always checked. Where they are all there, the file is installed by rpm or dpkg alone, so that a
+machine that reaches no repository joins too; where one is missing, dnf, yum or apt-get may supply it.
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from vmmesh_agent.errors import HostError, InstallError
+from vmmesh_agent.host import Completed, Host
+
+LOCK_SECONDS = 600  # how long another user of the package manager is waited for
+_INSTALL_SECONDS = 1800
+_ANY_ARCH = {"all", "noarch"}
+
+
+@dataclass(frozen=True, slots=True)
+class PackageFile:
+    """What a package file says of itself. `installed_bytes` is what it takes up on disk."""
+
+    name: str
+    version: str
+    arch: str
+    installed_bytes: int
+
+
+class PackageManager(Protocol):
+    """One of the machine's package managers."""
+
+    format: str
+
+    def is_there(self) -> bool:
+        """Does this machine have it?"""
+
+    def is_native(self) -> bool:
+        """Is the machine itself made of its packages?"""
+
+    def architecture(self) -> str:
+        """The machine's architecture in this format's own words."""
+
+    def installed(self, name: str) -> str | None:
+        """The installed version, None where the package is absent or only half there."""
+
+    def inspect(self, path: PurePosixPath) -> PackageFile:
+        """Read a package file's own description. Raise `InstallError` where it is none of this format."""
+
+    def is_newer(self, version: str, than: str) -> bool:
+        """Compare two versions by the format's own rules."""
+
+    def install(self, path: PurePosixPath) -> None:
+        """Install the file, or change to its version; the machine's edited config files stay."""
+
+
+class Rpm:
+    """rpm, with dnf or yum for what is missing."""
+
+    format = "rpm"
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._root = [] if host.is_running else ["--root", str(host.root)]
+
+    def is_there(self) -> bool:
+        return self._host.has_program("rpm")
+
+    def is_native(self) -> bool:
+        return self._query("-q", "rpm").status == 0
+
+    def architecture(self) -> str:
+        return self._host.run(["rpm", "--eval", "%{_arch}"]).stdout.strip()
+
+    def installed(self, name: str) -> str | None:
+        found = self._query("-q", "--queryformat", "%{VERSION}-%{RELEASE}\n", name)
+        return found.stdout.split()[-1] if found.status == 0 else None
+
+    def inspect(self, path: PurePosixPath) -> PackageFile:
+        form = "%{NAME}\n%{VERSION}-%{RELEASE}\n%{ARCH}\n%{LONGSIZE}\n"
+        file = str(self._host.outside(path))
+        found = self._host.run(["rpm", "-q", "--nosignature", "--queryformat", form, "-p", file], check=False)
+        if found.status != 0:
+            raise _not_a_package(path, "rpm", found)
+        name, version, arch, size = found.stdout.split()[-4:]
+        return PackageFile(name, version, arch, int(size))
+
+    def is_newer(self, version: str, than: str) -> bool:
+        compare = f'%{{lua: print(rpm.vercmp("{_plain(version)}", "{_plain(than)}"))}}'
+        return self._host.run(["rpm", "--eval", compare]).stdout.strip() == "1"
+
+    def install(self, path: PurePosixPath) -> None:
+        file = str(self._host.outside(path))
+        upgrade = ["rpm", *self._root, "-U", "--oldpackage"]
+        trial = self._host.run([*upgrade, "--test", file], timeout=LOCK_SECONDS, check=False)
+        if trial.status == 0:
+            _succeed(self._host.run([*upgrade, file], timeout=_INSTALL_SECONDS, check=False))
+        elif "Failed dependencies" in trial.stderr and (resolver := self._resolver()):
+            root = [] if self._host.is_running else [f"--installroot={self._host.root}"]
+            _succeed(self._host.run([resolver, *root, "install", "-y", file], timeout=_INSTALL_SECONDS, check=False))
+        else:
+            _succeed(trial)
+
+    def _resolver(self) -> str | None:
+        return next((program for program in ("dnf", "yum") if self._host.has_program(program)), None)
+
+    def _query(self, *arguments: str) -> Completed:
+        return self._host.run(["rpm", *self._root, *arguments], check=False)
+
+
+class Deb:
+    """dpkg, with apt-get for what is missing."""
+
+    format = "deb"
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._root = [] if host.is_running else [f"--root={host.root}"]
+
+    def is_there(self) -> bool:
+        return self._host.has_program("dpkg") and self._host.has_program("dpkg-deb")
+
+    def is_native(self) -> bool:
+        return self.installed("dpkg") is not None
+
+    def architecture(self) -> str:
+        return self._host.run(["dpkg", "--print-architecture"]).stdout.strip()
+
+    def installed(self, name: str) -> str | None:
+        form = "--showformat=${db:Status-Status} ${Version}\n"
+        found = self._host.run(["dpkg-query", *self._root, "--show", form, name], check=False)
+        status, _, version = found.stdout.strip().partition(" ")
+        return version if status == "installed" else None
+
+    def inspect(self, path: PurePosixPath) -> PackageFile:
+        form = "--showformat=${Package}\n${Version}\n${Architecture}\n${Installed-Size}\n"
+        found = self._host.run(["dpkg-deb", "--show", form, str(self._host.outside(path))], check=False)
+        if found.status != 0:
+            raise _not_a_package(path, "deb", found)
+        name, version, arch, *size = found.stdout.split()
+        return PackageFile(name, version, arch, int(size[0]) * 1024 if size else 0)
+
+    def is_newer(self, version: str, than: str) -> bool:
+        return self._host.run(["dpkg", "--compare-versions", version, "gt", than], check=False).status == 0
+
+    def install(self, path: PurePosixPath) -> None:
+        file = str(self._host.outside(path))
+        if self._host.is_running and self._host.has_program("apt-get"):
+            self._apt_get(file)
+        else:
+            self._dpkg(file)
+
+    def _apt_get(self, file: str) -> None:
+        """apt-get needs no repository where nothing is missing; where something is, its lists may be old."""
+        install = [
+            "apt-get", "install", "--yes", "--no-install-recommends", "--allow-downgrades", "--quiet",
+            "-o", f"DPkg::Lock::Timeout={LOCK_SECONDS}",
+            "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
+            file,
+        ]  # fmt: skip
+        quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+        done = self._host.run(install, timeout=_INSTALL_SECONDS, check=False, environment=quiet)
+        if done.status != 0 and _MISSING.search(done.stdout + done.stderr):
+            self._host.run(["apt-get", "update", "--quiet"], timeout=_INSTALL_SECONDS, check=False)
+            done = self._host.run(install, timeout=_INSTALL_SECONDS, check=False, environment=quiet)
+        _succeed(done)
+
+    def _dpkg(self, file: str) -> None:
+        """dpkg alone unpacks before it looks at dependencies, so they are looked at first."""
+        depends = self._host.run(["dpkg-deb", "--field", file, "Pre-Depends", "Depends"]).stdout
+        missing = [
+            clause.strip()
+            for line in depends.splitlines()
+            for clause in line.partition(":")[2].split(",")
+            if clause.strip() and not any(self._has(alternative) for alternative in clause.split("|"))
+        ]
+        if missing:
+            raise _missing_dependency(", ".join(missing))
+        install = ["dpkg", *self._root, "--force-confdef", "--force-confold", "--install", file]
+        deadline = time.monotonic() + LOCK_SECONDS
+        done = self._host.run(install, timeout=_INSTALL_SECONDS, check=False)
+        while done.status != 0 and "lock" in done.stderr and time.monotonic() < deadline:
+            time.sleep(2)
+            done = self._host.run(install, timeout=_INSTALL_SECONDS, check=False)
+        _succeed(done)
+
+    def _has(self, dependency: str) -> bool:
+        """Is a dependency such as `iptables` or `libc6 (>= 2.31)` there?"""
+        match = re.fullmatch(r"\s*([a-z0-9.+-]+)(?::\w+)?\s*(?:\(\s*([<>=]+)\s*(\S+?)\s*\))?\s*", dependency)
+        version = self.installed(match[1]) if match else None
+        if not match or version is None:
+            return False
+        return not match[2] or self._host.run(
+            ["dpkg", "--compare-versions", version, match[2], match[3]], check=False
+        ).status == 0  # fmt: skip
+
+
+def managers(host: Host) -> list[PackageManager]:
+    """Return the package managers that this machine has, its own first."""
+    there: Sequence[PackageManager] = [manager for manager in (Deb(host), Rpm(host)) if manager.is_there()]
+    return sorted(there, key=lambda manager: not manager.is_native())
+
+
+def fits(arch: str, manager: PackageManager) -> bool:
+    """Does a package of this architecture fit the machine?"""
+    return arch in _ANY_ARCH or arch == manager.architecture()
+
+
+_MISSING = re.compile(r"unmet dependencies|Failed dependencies|nothing provides|not installable|is not going to be")
+_NO_SPACE = re.compile(r"No space left on device|needs? \d+\w+ (more space )?on the|don't have enough free space")
+_LOCKED = re.compile(r"Could not get lock|is locked by another process|transaction lock")
+
+
+def _succeed(done: Completed) -> None:
+    """Raise what a package manager's failure means."""
+    if done.status == 0:
+        return
+    said = done.stdout + done.stderr
+    if _NO_SPACE.search(said):
+        raise HostError(
+            f"no space is left for the sidecar package: {done.last_words}", code="disk-full", hint="make room"
+        )
+    if _MISSING.search(said):
+        raise _missing_dependency(done.last_words)
+    if _LOCKED.search(said):
+        raise InstallError(
+            f"another program holds the package manager's lock: {done.last_words}",
+            code="package-manager-locked",
+            hint="wait for it to end, or end it",
+            retry=True,
+        )
+    raise InstallError(
+        f"`{' '.join(done.argv)}` failed with status {done.status}: {done.last_words}",
+        code="install-failed",
+        hint="run the command by hand to see all that it says",
+        retry=True,
+    )
+
+
+def _missing_dependency(what: str) -> InstallError:
+    return InstallError(
+        f"the sidecar package needs what is not on this machine, and no repository supplies it: {what}",
+        code="missing-dependency",
+        hint="install what is missing, put it into the image, or configure a repository that has it",
+        retry=True,
+    )
+
+
+def _not_a_package(path: PurePosixPath, format_: str, found: Completed) -> InstallError:
+    return InstallError(f"{path} is not a sound {format_} package: {found.last_words}", code="package-invalid")
+
+
+def _plain(version: str) -> str:
+    """Keep a version from meaning anything to the macro that compares it."""
+    return re.sub(r"[^A-Za-z0-9.~^+_-]", "", version)

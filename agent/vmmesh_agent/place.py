@@ -1,0 +1,192 @@
+"""The table of files, and the putting of them.
+
+`plan` compares and changes nothing; `apply` makes the changes that were planned. A second plan after it is empty.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import PurePosixPath
+
+from vmmesh_agent import hosts, x509
+from vmmesh_agent.errors import PlaceError
+from vmmesh_agent.host import ROOT, Account, Host
+from vmmesh_agent.verify import VerifiedBundle
+
+USER = "istio-proxy"
+
+ROOT_CERT = PurePosixPath("/etc/certs/root-cert.pem")
+TOKEN = PurePosixPath("/var/run/secrets/tokens/istio-token")
+CLUSTER_ENV = PurePosixPath("/var/lib/istio/envoy/cluster.env")
+MESH = PurePosixPath("/etc/istio/config/mesh")
+ETC_HOSTS = PurePosixPath("/etc/hosts")
+
+# Folders that belong to istio-proxy. Their content is left alone: a recursive chown, as root, of a folder that a
+# lesser user owns could be led anywhere. (/etc/istio is the package's link to /var/lib/istio.)
+FOLDERS = (
+    PurePosixPath("/var/lib/istio"),
+    PurePosixPath("/var/lib/istio/envoy"),
+    PurePosixPath("/etc/certs"),
+    PurePosixPath("/etc/istio/config"),
+    PurePosixPath("/etc/istio/proxy"),
+    PurePosixPath("/var/run/secrets"),
+    PurePosixPath("/var/run/secrets/tokens"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row of the table. Other `modes` than the first are tolerated on a file that has the right content."""
+
+    path: PurePosixPath
+    modes: tuple[int, ...]
+    restarts: bool  # does the sidecar read it only when it starts?
+    is_secret: bool = False
+
+
+# Owner istio-proxy throughout; modes as pilot-agent needs them. pilot-agent reads the token anew at each
+# certificate request, and writes a new root-cert.pem itself, with mode 0600.
+TABLE = {
+    "root-cert.pem": Entry(ROOT_CERT, (0o644, 0o600), restarts=True),
+    "istio-token": Entry(TOKEN, (0o600,), restarts=False, is_secret=True),
+    "cluster.env": Entry(CLUSTER_ENV, (0o644,), restarts=True),
+    "mesh.yaml": Entry(MESH, (0o644,), restarts=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing to do. `before` is None where nothing is there, `content` is None for a folder.
+
+    `owner` is a user's name, for the user may be made only by the package. None keeps what is there.
+    """
+
+    path: PurePosixPath
+    what: str
+    before: bytes | None
+    content: bytes | None
+    owner: str | None
+    mode: int
+    restarts: bool
+    is_secret: bool = False
+
+    def diff(self) -> str:
+        """Show the change as a unified diff, a secret masked; empty where only owner or mode change."""
+        if self.content is None or self.before == self.content:
+            return ""
+        name = str(self.path).lstrip("/")
+        return "\n".join(
+            difflib.unified_diff(
+                self._lines(self.before or b""), self._lines(self.content), f"a/{name}", f"b/{name}", lineterm=""
+            )
+        )
+
+    def _lines(self, content: bytes) -> list[str]:
+        if self.is_secret:
+            return [f"(a secret of {len(content)} bytes)"] if content else []
+        return content.decode(errors="replace").splitlines()
+
+
+def plan(host: Host, bundle: VerifiedBundle, previous_root: bytes, moment: datetime) -> tuple[Change, ...]:
+    """Compare the machine with the bundle.
+
+    `previous_root` is the root certificate file of the bundle before this one, empty where there was none: it
+    tells roots that the cluster dropped from those that pilot-agent itself brought since.
+    """
+    owner = host.account(USER)
+    contents = {
+        "root-cert.pem": merged_roots(bundle.root_cert, previous_root, host.read(ROOT_CERT) or b"", moment),
+        "istio-token": bundle.token.reveal().encode(),
+        "cluster.env": bundle.cluster_env,
+        "mesh.yaml": bundle.mesh,
+    }
+    folders = (_folder_change(host, path, owner) for path in FOLDERS)
+    files = (_file_change(host, TABLE[name], content, owner) for name, content in contents.items())
+    return tuple(change for change in (*folders, *files, _hosts_change(host, bundle.hosts)) if change)
+
+
+def apply(host: Host, changes: Iterable[Change]) -> None:
+    """Make the changes; each file is whole at every moment."""
+    owner = host.account(USER)
+    if owner is None:
+        raise PlaceError(
+            f"there is no user {USER}", code="user-missing", hint="the istio-sidecar package makes it: install that"
+        )
+    done = []
+    for change in changes:
+        account = owner if change.owner else _owner_of(host, change.path)
+        if change.content is None:
+            host.make_folder(change.path, account, change.mode)
+        else:
+            host.write(change.path, change.content, account, change.mode)
+        done.append(change.path)
+    _restore_labels(host, done)
+
+
+def merged_roots(new: bytes, previous: bytes, current: bytes, moment: datetime) -> bytes:
+    """Return the root certificates to have: the bundle's, and what the sidecar learned and the bundle lacks.
+
+    A root that is in the file but was not in the bundle before came from istiod: trust is not rolled back to the
+    bundle's, which may be older. A root that was in the bundle before and is not in this one was dropped by the
+    cluster; one that has expired is of no use.
+    """
+    if not previous or new == current:
+        return new
+    try:
+        there = x509.read_pem(current.decode())
+        gone = {certificate.der for certificate in x509.read_pem(previous.decode())}
+    except (x509.CertificateError, UnicodeDecodeError):
+        return new
+    wanted = x509.read_pem(new.decode())
+    known = {certificate.der for certificate in wanted}
+    learned = [
+        certificate
+        for certificate in there
+        if certificate.der not in known | gone and certificate.is_ca and certificate.not_after > moment
+    ]
+    if known | {certificate.der for certificate in learned} == {certificate.der for certificate in there}:
+        return current
+    return new + "".join(certificate.pem for certificate in learned).encode()
+
+
+def _folder_change(host: Host, path: PurePosixPath, owner: Account | None) -> Change | None:
+    found = host.status(path)
+    if found and not found.is_directory:
+        raise PlaceError(f"{path} is no folder", code="not-a-folder", hint="look at what put it there and remove it")
+    if found and found.owner.uid == (owner.uid if owner else None):
+        return None
+    what = "owner" if found else "new folder"
+    return Change(path, what, None, None, USER, found.mode if found else 0o755, restarts=False)
+
+
+def _file_change(host: Host, entry: Entry, content: bytes, owner: Account | None) -> Change | None:
+    before = host.read(entry.path)
+    found = host.status(entry.path)
+    is_right = found and found.owner.uid == (owner.uid if owner else None) and found.mode in entry.modes
+    if before == content and is_right:
+        return None
+    what = "new" if before is None else "content" if before != content else "owner or mode"
+    restarts = entry.restarts and before != content
+    return Change(entry.path, what, before, content, USER, entry.modes[0], restarts, entry.is_secret)
+
+
+def _hosts_change(host: Host, lines: Sequence[hosts.HostsLine]) -> Change | None:
+    before = host.read(ETC_HOSTS)
+    content = hosts.with_block(before or b"", lines)
+    if content == (before or b""):
+        return None
+    found = host.status(ETC_HOSTS)
+    mode = found.mode if found else 0o644
+    return Change(ETC_HOSTS, "block", before, content, None, mode, restarts=False)
+
+
+def _owner_of(host: Host, path: PurePosixPath) -> Account:
+    found = host.status(path)
+    return found.owner if found else ROOT
+
+
+def _restore_labels(host: Host, paths: Sequence[PurePosixPath]) -> None:
+    """Give what was written its SELinux labels; a file that was renamed into place keeps those of its old name."""
+    if paths and host.is_running and host.status(PurePosixPath("/sys/fs/selinux/enforce")):
+        host.run(["restorecon", "-F", *map(str, paths)])

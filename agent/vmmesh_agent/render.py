@@ -1,0 +1,170 @@
+"""A report as text: for a person, for Nagios, for Prometheus. Pure."""
+
+import textwrap
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from vmmesh_agent.health import Condition, Health, Severity, State
+from vmmesh_agent.report import FRESH_SECONDS, Report
+
+_COLOURS = {
+    State.HEALTHY: "32",
+    State.STARTING: "33",
+    State.DEGRADED: "33",
+    State.FAILED: "31",
+    State.STOPPED: "33",
+    State.NOT_JOINED: "33",
+    State.UNKNOWN: "35",
+}
+_MARKS = {State.HEALTHY: "●", State.FAILED: "✗"}
+_LABEL = 13  # columns before the facts
+
+
+def human(report: Report, now: datetime, *, width: int = 80, colour: bool = False) -> str:
+    """Return a screen that leads with the answer."""
+    lines = [*_health_lines(report.health, report.workload, now, width, colour), ""]
+    for label, fact in _facts(report, now):
+        lines.append(f"  {label:<{_LABEL - 2}}{fact}"[:width])
+    return "\n".join(lines) + "\n"
+
+
+def human_health(health: Health, *, width: int = 80, colour: bool = False) -> str:
+    """Return state, cause and conditions alone, as `explain` prints them."""
+    return "\n".join(_health_lines(health, "", None, width, colour)) + "\n"
+
+
+def _health_lines(health: Health, subject: str, now: datetime | None, width: int, colour: bool) -> Iterator[str]:
+    state = str(health.state)
+    if colour:
+        state = f"\x1b[1;{_COLOURS[health.state]}m{state}\x1b[0m"
+    cause = "" if health.cause == "none" else f" ({health.cause})"
+    yield f"{_MARKS.get(health.state, '○')} {subject + ': ' if subject else ''}{state}{cause}"
+    for condition in health.conditions:
+        yield ""
+        yield from _condition_lines(condition, now, width)
+
+
+def _condition_lines(condition: Condition, now: datetime | None, width: int) -> Iterator[str]:
+    since = ""
+    if condition.since:
+        ago = f", {_span((now - condition.since).total_seconds())} ago" if now else ""
+        since = f" (since {condition.since.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}{ago})"
+    yield from _wrapped(condition.message + since, "  ", "  ", width)
+    if condition.evidence:
+        yield from _wrapped(" ".join(condition.evidence.split()), "    evidence  ", " " * 14, width, most=3)
+    if condition.remedy:
+        for number, line in enumerate(condition.remedy.splitlines()):
+            yield from _wrapped(line, "    to do     " if number == 0 else " " * 14, " " * 14, width)
+
+
+def _wrapped(text: str, first: str, rest: str, width: int, most: int = 40) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_on_hyphens=False,
+        max_lines=most,
+        placeholder=" …",
+    )
+
+
+def _facts(report: Report, now: datetime) -> Iterator[tuple[str, str]]:
+    if report.token_expires_at:
+        yield "token", _until(report.token_expires_at, now)
+    if report.certificate_not_after:
+        yield "certificate", _until(report.certificate_not_after, now)
+    if report.unit.active:
+        restarts = f", {report.unit.restarts} restarts" if report.unit.restarts else ""
+        process = f", process {report.unit.main_pid}" if report.unit.main_pid else ""
+        version = f"{report.sidecar_version}, " if report.sidecar_version else ""
+        yield "sidecar", f"{version}istio.service {report.unit.active} ({report.unit.sub}){process}{restarts}"
+    age = (now - report.updated_at).total_seconds()
+    seen = "just now" if age < 2 else f"{_span(age)} ago"
+    yield "seen", f"{seen}, by the daemon" if report.by_daemon else f"{seen}; the daemon is not running"
+
+
+def _until(moment: datetime, now: datetime) -> str:
+    seconds = (moment - now).total_seconds()
+    when = f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+    return f"valid for {_span(seconds)}, until {when}" if seconds > 0 else f"expired {_span(-seconds)} ago, at {when}"
+
+
+def _span(seconds: float) -> str:
+    """Return a length of time as a person says it: its two largest units."""
+    seconds = max(0, int(seconds))
+    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
+
+
+# --- Nagios ---
+
+_NAGIOS = {State.HEALTHY: (0, "OK"), State.STARTING: (1, "WARNING"), State.DEGRADED: (1, "WARNING")}
+_NAGIOS |= {State.FAILED: (2, "CRITICAL"), State.STOPPED: (2, "CRITICAL"), State.NOT_JOINED: (2, "CRITICAL")}
+_NAGIOS |= {State.UNKNOWN: (3, "UNKNOWN")}
+
+
+def nagios(report: Report, now: datetime) -> tuple[str, int]:
+    """Return the plugin's one line and its exit status (0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN)."""
+    status, word = _NAGIOS[report.health.state]
+    worst = report.health.conditions[0].message if report.health.conditions else str(report.health.state)
+    subject = report.workload or "this VM"
+    text = f"VMMESH {word} - {subject}: {worst}".replace("|", "/").replace("\n", " ")
+    data = [
+        f"{label}={max(0, int((moment - now).total_seconds()))}s;;;0;"
+        for label, moment in (("token", report.token_expires_at), ("certificate", report.certificate_not_after))
+        if moment
+    ]
+    return (f"{text} | {' '.join(data)}" if data else text), status
+
+
+# --- Prometheus ---
+
+
+def prometheus(report: Report) -> str:
+    """Return the report in the text exposition format, for node_exporter's textfile collector."""
+    lines: list[str] = []
+
+    def metric(name: str, help_text: str, samples: list[tuple[str, float]]) -> None:
+        if samples:
+            lines.extend([f"# HELP {name} {help_text}", f"# TYPE {name} gauge"])
+            lines.extend(
+                f"{name}{labels} {value:g}" if value < 1e6 else f"{name}{labels} {value:.0f}"
+                for labels, value in samples
+            )
+
+    metric(
+        "vmmesh_agent_state",
+        "The state of this VM in the mesh: 1 for the one it is in.",
+        [(f'{{state="{state}"}}', float(state is report.health.state)) for state in State],
+    )
+    metric(
+        "vmmesh_agent_condition",
+        "What is wrong, by code: 1 degraded, 2 failed.",
+        [
+            (f'{{code="{condition.code}"}}', float(condition.severity))
+            for condition in report.health.conditions
+            if condition.severity > Severity.NOTE
+        ],
+    )
+    for name, what, moment in (
+        ("token", "the token", report.token_expires_at),
+        ("cert", "the sidecar's certificate", report.certificate_not_after),
+    ):
+        stamps = [("", moment.timestamp())] if moment else []
+        metric(f"vmmesh_agent_{name}_expiry_timestamp_seconds", f"When {what} expires, as a Unix time.", stamps)
+    metric(
+        "vmmesh_agent_istio_restarts",
+        "How often systemd has restarted istio.service by itself.",
+        [("", float(report.unit.restarts))],
+    )
+    metric(
+        "vmmesh_agent_updated_timestamp_seconds",
+        f"When this was last seen, as a Unix time; stale after {FRESH_SECONDS} s.",
+        [("", report.updated_at.timestamp())],
+    )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,169 @@
+"""The status record: saved by whoever watches the sidecar, shown by `status`.
+
+It is world-readable and holds no secret: times and names only.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+from vmmesh_agent.errors import AgentError
+from vmmesh_agent.health import Condition, Health, Severity, State, worst_first
+from vmmesh_agent.host import ROOT, Host
+
+SCHEMA = "vmmesh.status/v1"
+FILE = PurePosixPath("/run/vmmesh-agent/status.json")
+FRESH_SECONDS = 60  # the daemon writes at least twice in this time
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """istio.service, as systemd has it."""
+
+    active: str = ""
+    sub: str = ""
+    main_pid: int = 0
+    restarts: int = 0
+    invocation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that `status` shows. Times are aware and in UTC; what is not known is None or empty."""
+
+    health: Health
+    updated_at: datetime
+    workload: str = ""
+    token_expires_at: datetime | None = None
+    certificate_not_after: datetime | None = None
+    sidecar_version: str = ""
+    unit: Unit = field(default_factory=Unit)
+    by_daemon: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record in its JSON form, `vmmesh.status/v1`."""
+        namespace, _, name = self.workload.partition("/")
+        return {
+            "schema": SCHEMA,
+            **health_as_dict(self.health),
+            "workload": {"namespace": namespace, "name": name} if self.workload else {},
+            "bundle": {"token_expires_at": _written(self.token_expires_at)},
+            "certificate": {"not_after": _written(self.certificate_not_after)},
+            "sidecar": {
+                "version": self.sidecar_version or None,
+                "unit": {
+                    "active": self.unit.active,
+                    "sub": self.unit.sub,
+                    "main_pid": self.unit.main_pid,
+                    "restarts": self.unit.restarts,
+                    "invocation": self.unit.invocation,
+                },
+            },
+            "daemon": self.by_daemon,
+            "updated_at": _written(self.updated_at),
+        }
+
+
+def health_as_dict(health: Health) -> dict[str, Any]:
+    """Return state, cause and conditions in their JSON form, as `status` and `explain` print them."""
+    return {
+        "state": str(health.state),
+        "cause": health.cause,
+        "conditions": [
+            {
+                "code": condition.code,
+                "severity": str(condition.severity),
+                "message": condition.message,
+                "remedy": condition.remedy,
+                "evidence": condition.evidence,
+                "since": _written(condition.since),
+            }
+            for condition in health.conditions
+        ],
+    }
+
+
+def from_dict(document: Mapping[str, Any]) -> Report:
+    """Read the JSON form. Raise KeyError, TypeError or ValueError where it is none."""
+    workload = document["workload"]
+    sidecar = document["sidecar"]
+    updated_at = _read_time(document["updated_at"])
+    if document["schema"] != SCHEMA or updated_at is None:
+        raise ValueError("not a status record")
+    return Report(
+        health=Health(State(document["state"]), str(document["cause"]), tuple(_conditions(document["conditions"]))),
+        updated_at=updated_at,
+        workload=f"{workload['namespace']}/{workload['name']}" if workload else "",
+        token_expires_at=_read_time(document["bundle"]["token_expires_at"]),
+        certificate_not_after=_read_time(document["certificate"]["not_after"]),
+        sidecar_version=str(sidecar["version"] or ""),
+        unit=Unit(**sidecar["unit"]),
+        by_daemon=bool(document["daemon"]),
+    )
+
+
+def load(host: Host) -> Report | None:
+    """Return the last record, None where there is none or it cannot be read."""
+    content = host.read(FILE)
+    try:
+        return from_dict(json.loads(content)) if content else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def save(host: Host, report: Report) -> None:
+    """Keep the record where every user may read it."""
+    host.make_folder(FILE.parent, ROOT, 0o755)
+    host.write(FILE, json.dumps(report.as_dict(), indent=1).encode() + b"\n", ROOT, 0o644)
+
+
+def with_trouble(health: Health, trouble: AgentError | None, moment: datetime) -> Health:
+    """Add what keeps the agent from its work. A sidecar that serves goes on serving: degraded, not failed."""
+    if trouble is None:
+        return health
+    serves = health.state in {State.HEALTHY, State.DEGRADED}
+    condition = Condition(
+        code=trouble.code.replace("-", "_"),
+        severity=Severity.DEGRADED if serves else Severity.FAILED,
+        message=trouble.message,
+        remedy=trouble.hint,
+        since=moment,
+    )
+    conditions = worst_first((condition, *health.conditions))
+    state = State.DEGRADED if serves else State.FAILED if health.state is State.UNKNOWN else health.state
+    return Health(state, conditions[0].code, conditions)
+
+
+def keeping_since(health: Health, before: Health | None, moment: datetime) -> Health:
+    """Fill in when each condition began: it keeps its time for as long as it lasts, over restarts of the daemon."""
+    known = {condition.code: condition.since for condition in before.conditions} if before else {}
+    return replace(
+        health,
+        conditions=tuple(
+            replace(condition, since=known.get(condition.code) or condition.since or moment)
+            for condition in health.conditions
+        ),
+    )
+
+
+def _conditions(documents: list[Mapping[str, Any]]) -> Iterator[Condition]:
+    for document in documents:
+        yield Condition(
+            code=str(document["code"]),
+            severity=Severity[str(document["severity"]).upper()],
+            message=str(document["message"]),
+            remedy=str(document["remedy"]),
+            evidence=str(document["evidence"]),
+            since=_read_time(document["since"]),
+        )
+
+
+def _written(moment: datetime | None) -> str | None:
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if moment else None
+
+
+def _read_time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
