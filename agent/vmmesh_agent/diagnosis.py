@@ -37,8 +37,9 @@ _EXCLUSIVE = frozenset({Aspect.CERTIFICATE, Aspect.CONNECTION, Aspect.ADMISSION}
 _SURVIVED = _EXCLUSIVE | {Aspect.TOKEN}
 # What need not be right yet in the first minute.
 _EARLY = frozenset({Aspect.READINESS, Aspect.DNS, Aspect.PROBE})
-# A process that ended for one of these did not start: its end counts as a crash.
-_DEADLY = frozenset({Aspect.ENVOY, Aspect.AGENT, Aspect.MACHINE, Aspect.CAPTURE})
+_PROCESSES = frozenset({Aspect.ENVOY, Aspect.AGENT})
+# A run that another follows without a stop has died, if one of these was wrong.
+_DEADLY = _PROCESSES | {Aspect.MACHINE, Aspect.CAPTURE}
 
 _SINCE = re.compile(r"closed since (\d+)s ago")
 _TTL = re.compile(r"\bttl=(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+)(?:\.\d+)?s)?")
@@ -75,15 +76,16 @@ class _Run:
         self.signed_until: datetime | None = None
         self.connected = False  # a stream opened and nothing was said against it since
         self.connected_since: datetime | None = None
+        self.admitted = False  # such a stream lived on
         self.envoy_since: datetime | None = None
         self.stopping: _Failure | None = None
         self.stopped: _Failure | None = None
         self.failures: dict[tuple[Aspect, str, Effect], _Failure] = {}
 
-    @property
-    def died(self) -> bool:
-        return not self.stopped and any(
-            failure.aspect in _DEADLY and failure.rule.severity is Severity.FAILED
+    def died_of(self, aspects: frozenset[Aspect]) -> bool:
+        """Tell whether one of these ended the run, rather than somebody who asked."""
+        return not (self.stopping or self.stopped) and any(
+            failure.aspect in aspects and failure.rule.severity is Severity.FAILED
             for failure in self.failures.values()
         )
 
@@ -103,8 +105,8 @@ class _Run:
     @property
     def seems_to_serve(self) -> bool:
         """A certificate and a stream are all that a log shows where nobody asks whether Envoy is ready."""
-        unproven = self.signed and self.connected
-        return (self.serves or unproven) and not self.fails_at(Aspect.READINESS, Aspect.DNS)
+        likely = self.connected and (self.signed or self.admitted)
+        return (self.serves or likely) and not self.fails_at(Aspect.READINESS, Aspect.DNS)
 
     def clear(self, aspects: Iterable[Aspect]) -> None:
         for key in [key for key in self.failures if key[0] in aspects]:
@@ -114,6 +116,7 @@ class _Run:
         """Believe in a stream that has lived long enough."""
         if self.connected and moment and self.connected_since and moment - self.connected_since >= _LASTING:
             self.clear({Aspect.ADMISSION, Aspect.TOKEN})
+            self.admitted = True
             self.serves = self.serves or self.signed or self.began is None
 
 
@@ -149,12 +152,14 @@ class Diagnosis:
         """Judge at `now` (aware); None means the moment of the last line: the end of an excerpt."""
         for reader in self._readers.values():
             self._take(reader.end_record())
-        seen = [self._last, *(reader.traffic_moment for reader in self._readers.values())]
-        if not self._count and not any(seen):
+        traffic = max(filter(None, (reader.traffic_moment for reader in self._readers.values())), default=None)
+        if not self._count and not traffic:
             return Health(State.UNKNOWN)
-        moment = now or max(filter(None, seen), default=None)
+        moment = now or max(filter(None, (self._last, traffic)), default=None)
         run = self._run
         run.settle(moment)
+        # An Envoy that writes an access log has listeners, so it has got its configuration.
+        run.serves = run.serves or bool(run.signed and traffic and run.since and traffic > run.since)
         if ended := self._ended(moment):
             return ended
         conditions = self._conditions(run.failures.values(), moment, at_end=now is None)
@@ -269,7 +274,7 @@ class Diagnosis:
             case Effect.RUN_BEGINS:
                 self._begin(record)
             case Effect.STARTING:
-                if run.began is None and record.moment and not run.serves:
+                if run.began is None and not run.serves:
                     run.began, run.since = record, record.moment
             case Effect.ENVOY_BEGINS:
                 run.envoy_since = record.moment
@@ -280,12 +285,12 @@ class Diagnosis:
                 run.clear({Aspect.CONNECTION})
                 run.connected, run.connected_since = True, record.moment
             case Effect.STOPPING:
-                if not run.died and not run.stopping:
+                if not run.stopping and not run.died_of(_PROCESSES):
                     run.stopping = self._failure(rule, Aspect.AGENT, record)
                 elif run.stopping:
                     run.stopping = replace(run.stopping, last=record.moment)
             case Effect.STOPPED:
-                if not run.died:
+                if not run.died_of(_PROCESSES):
                     run.stopped = run.stopped or self._failure(rule, Aspect.AGENT, record)
             case Effect.FAILS | Effect.DISTURBS:
                 self._fail(rule, record)
@@ -293,7 +298,7 @@ class Diagnosis:
                 pass
 
     def _begin(self, record: Record) -> None:
-        if self._run.died:
+        if self._run.died_of(_DEADLY):
             self._dead.append(tuple(self._run.failures.values()))
         elif self._run.stopped or self._run.serves:
             self._dead.clear()
@@ -304,8 +309,8 @@ class Diagnosis:
     def _prove(self, rule: Rule, record: Record) -> None:
         run = self._run
         run.clear(rule.proves)
-        run.stopping = run.stopped = None if Aspect.CERTIFICATE in rule.proves else run.stopping
         if Aspect.CERTIFICATE in rule.proves:
+            run.stopping = run.stopped = None
             run.signed = True
             run.signed_until = _valid_until(record) or run.signed_until
         if Aspect.CAPTURE in rule.proves or Aspect.ADMISSION in rule.proves:

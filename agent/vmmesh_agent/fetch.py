@@ -30,6 +30,7 @@ NOBODY = Account(65534, 65534)
 MAX_PACKAGE_BYTES = 1024**3
 _MAX_ANSWER = 8 * bundles.MAX_BYTES  # a byte of a file may take six in JSON
 _MAX_CREDENTIAL = 64 * 1024
+_MAX_COMPLAINT = 256 * 1024
 _EXEC_SECONDS = 30
 
 OnRetry = Callable[[AgentError], None]
@@ -101,18 +102,18 @@ class Download:
         self._into = into
         self._expected = sha256
         self._digest = hashlib.sha256()
-        self._file = open(host.create(into), "rb")  # noqa: PTH123, SIM115  # a descriptor, closed by `stop`
+        self._file = host.create(into)
         self.received = 0
         request = _request(host, config, url) | {
             "kind": "package",
             "headers": {},
-            "descriptor": self._file.fileno(),
+            "descriptor": self._file.descriptor,
             "limit": MAX_PACKAGE_BYTES,
         }
         if not _is_same_origin(url, config.endpoint.url):
             # Somebody else's server: it gets no credential of ours, and is trusted as any server is.
             request |= {"bearer": "", "client_certificate": "", "pins": [], "ca": ""}
-        self._context = _child(host, request, self._file.fileno())
+        self._context = _child(host, request, self._file.descriptor)
         self._child = self._context.__enter__()
 
     def finish(
@@ -145,12 +146,10 @@ class Download:
         self._file.close()
 
     def _read_on(self) -> None:
-        size = self._file.seek(0, 2)
-        if size < self.received:  # a new attempt began at the start
+        if self._file.size < self.received:  # a new attempt began at the start
             self.received = 0
             self._digest = hashlib.sha256()
-        self._file.seek(self.received)
-        while chunk := self._file.read(1024**2):
+        while chunk := self._file.read_at(self.received):
             self._digest.update(chunk)
             self.received += len(chunk)
 
@@ -291,7 +290,7 @@ def _lines(child: Child, deadline: float | None, idle: Callable[[], None]) -> It
 
 def _last_words(child: Child) -> str:
     assert child.stderr is not None  # noqa: S101  # started with pipes
-    return child.stderr.read(4096).decode(errors="replace").strip().rpartition("\n")[2] or "nothing"
+    return child.stderr.read(_MAX_COMPLAINT).decode(errors="replace").strip().rpartition("\n")[2] or "nothing"
 
 
 def _broken(answer: str) -> FetchError:

@@ -242,12 +242,12 @@ class Host:
         """Return the path for a program that is run from outside the tree, such as `rpm --root`."""
         return self.root / path.relative_to("/")
 
-    def create(self, path: PurePosixPath, mode: int = 0o600) -> int:
-        """Make a new file of our own, replacing one that is there, and return a descriptor for reading and writing."""
+    def create(self, path: PurePosixPath) -> "NewFile":
+        """Make a new file of our own, replacing one that is there, for a child to write and us to read."""
         self.remove(path)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with _explained(path), self._parent(path) as (folder, name):
-            return os.open(name, flags, mode, dir_fd=folder)
+            return NewFile(os.open(name, flags, 0o600, dir_fd=folder))
 
     @contextlib.contextmanager
     def _parent(self, path: PurePosixPath) -> Iterator[tuple[int, str]]:
@@ -378,6 +378,23 @@ class Host:
             yield
         finally:
             os.close(descriptor)
+
+
+class NewFile:
+    """A file that somebody else writes through the same descriptor: its position is theirs, we read past it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.descriptor).st_size
+
+    def read_at(self, position: int, limit: int = 1024**2) -> bytes:
+        return os.pread(self.descriptor, limit, position)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 class LogFile:

@@ -17,6 +17,7 @@ Every attempt is made anew from the start. What can pass by itself (the network,
 exponential back-off and full jitter, `Retry-After` honoured; the parent ends the child when its patience ends.
 """
 
+import _ssl  # for the one constant that `ssl` does not pass on
 import contextlib
 import email.utils
 import json
@@ -30,6 +31,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, NoReturn
 
+import httpcore  # noqa: F401  # httpx loads it when it is first needed, which is after privileges are gone
 import httpx
 import tenacity
 
@@ -76,7 +78,7 @@ def main() -> int:
 
 def _drop_privileges(uid: int, gid: int) -> None:
     """Become the user for good. Without root there is nothing to drop."""
-    "".encode("idna")  # httpx loads this codec when it is first needed, perhaps from a folder closed to the user
+    "".encode("idna")  # loaded now, as httpcore is: the folder may be closed to the user
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(gid, gid, gid)
@@ -291,14 +293,15 @@ def _chain(request: Mapping[str, Any], context: ssl.SSLContext) -> list[bytes]:
     raise FetchError("the endpoint did not speak TLS", code="endpoint-not-tls")
 
 
-def _certificates_of(connection: ssl.SSLSocket) -> list[bytes]:
-    if sys.version_info >= (3, 13):
-        chains = [*connection.get_unverified_chain(), *connection.get_verified_chain()]
-        return list(dict.fromkeys(chains))
-    inner = connection._sslobj  # type: ignore[attr-defined]  # noqa: SLF001  # public only from 3.13 on
-    encoding = ssl._ssl.ENCODING_DER  # type: ignore[attr-defined]  # noqa: SLF001
-    found = [*(inner.get_unverified_chain() or ()), *(inner.get_verified_chain() or ())]
-    return list(dict.fromkeys(certificate.public_bytes(encoding) for certificate in found))
+def _certificates_of(connection: Any) -> list[bytes]:
+    """Return the DER of the shown and of the verified chain, each certificate once.
+
+    `connection` is the interpreter's own TLS object, as httpcore hands it out (a wrapper of it, inside a TLS
+    connection to a proxy). Its chains have no public name before Python 3.13, and are the same objects since.
+    """
+    inner = getattr(connection, "_sslobj", connection)
+    chains = (*(inner.get_unverified_chain() or ()), *(inner.get_verified_chain() or ()))
+    return list(dict.fromkeys(certificate.public_bytes(_ssl.ENCODING_DER) for certificate in chains))
 
 
 def _present_client_certificate(context: ssl.SSLContext, request: Mapping[str, Any]) -> None:

@@ -53,6 +53,8 @@ def read_record(line: str, stream: Stream) -> Record | None:
     if found := _AGENT_HEAD.match(line):
         scope, message = _scope_and_message(found["rest"])
         return Record(stream, message, _moment(found["time"]), found["level"], scope, line)
+    if found := _HIDDEN_HEAD.search(line, 0, 300):  # behind a prefix, or over the start of an older line
+        return read_record(line[found.start() :], stream)
     if found := _OLD_ENVOY_HEAD.match(line):
         moment, component = _moment(found["time"] + "Z"), found["component"]
         return Record(stream, found["rest"], moment, found["level"], f"envoy {component}", line)
@@ -111,6 +113,8 @@ class Reader:
         # Truncating a file that is written without O_APPEND leaves a hole of NUL bytes at its start.
         line = raw.strip(b"\0\r").decode(errors="replace")
         record = read_record(line, self._stream)
+        if record is None and _TRAFFIC_FRAGMENT.search(line):
+            return []  # up to 1.12 the agent overwrites lines of the access log: a user's words without their head
         if record is None and self._open is not None:
             # What a terminal wrapped and what Envoy or YAML continued are joined alike, without a blank.
             if self._length < _LONGEST:
@@ -132,6 +136,7 @@ _LEVELS = "trace|debug|info|warning|warn|error|critical|fatal"
 _AGENT_HEAD = re.compile(
     rf"(?P<time>[^a-wyz\"\[\]]{{0,60}}?)\s*\b(?P<level>{_LEVELS})(?:\s+(?P<rest>\S.*)|\s*$)", re.DOTALL
 )
+_HIDDEN_HEAD = re.compile(rf"(?<=[^\[])\d{{4}}-\d\d-\d\dT[\d:.]{{8,}}Z\s+(?:{_LEVELS})\s")
 _OLD_ENVOY_HEAD = re.compile(
     rf"\[(?P<time>[\dXx-]+ [\d:.]+)\]\[\d+\]\[(?P<level>{_LEVELS})\]\[(?P<component>\w+)\]\s*"
     r"(?:\[[^\]\s]+:\d+\]\s*)?(?P<rest>.*)",
@@ -153,6 +158,7 @@ _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\
 # it is an object in an order of its own that has no "msg".
 _NOT_TEXT_TRAFFIC = re.compile(rb"\n(?!\[\d{4}-\d\d-\d\dT)([^\n]*)")
 _TEXT_TRAFFIC = re.compile(rb"\[\d{4}-\d\d-\d\dT[^\n]*")
+_TRAFFIC_FRAGMENT = re.compile(r'\[\d{4}-\d\d-\d\dT[\d:.]+Z\] "|HTTP/\d(?:\.\d)?" \d|"- - -" \d')
 _TRAFFIC_TIME = re.compile(rb'(?:^\[|"start_time":\s*")(\d{4}-\d\d-\d\dT[\d:.]+Z)')
 
 _SCOPES = frozenset(

@@ -371,9 +371,8 @@ RULES: tuple[Rule, ...] = (
     Rule("capacity-warning", ("Usage of the deprecated runtime", "runtime singleton", "no configured limit"),
          "Envoy has begun.", Effect.ENVOY_BEGINS, streams=_FILES),
     Rule("deprecation", ("Using deprecated", "mTLS PERMISSIVE", "deprecated option"), "A warning of old age.", _NOTHING),
-    Rule("retrying-ca", ("ca request failed, starting attempt", "CSR failed with error"),
-         "The CA did not answer at once.", Effect.DISTURBS, r"ca request failed, starting attempt",
-         cause="istiod_unreachable", about=Aspect.CERTIFICATE, first="1.9"),
+    Rule("retrying-ca", ("ca request failed, starting attempt",),
+         "The CA did not answer at once.", Effect.DISTURBS, cause="istiod_unreachable", about=Aspect.CERTIFICATE, first="1.9"),
 
     # Success, and what it proves.
     Rule("certificate", ("generated new workload certificate", "read certificate from file",
@@ -466,7 +465,7 @@ RULES: tuple[Rule, ...] = (
     Rule("no-sudo", ("sudo",), "sudo is not there or refuses.", _FAILS,
          r"sudo: (?:command )?not found|must have a tty|sudo: No such file|sudo: account validation|sudo: PAM"
          r"|sudo: unable to|not in the sudoers|not allowed to execute",
-         cause="sudo_missing", about=Aspect.AGENT, streams=_JOURNAL | _ERR),
+         cause="sudo_missing", about=Aspect.AGENT),
     Rule("cluster-env", ("cluster.env", "sidecar.env"), "bash cannot read the environment.", _FAILS,
          r"(?:cluster|sidecar)\.env: (?:line \d+|[Nn]o such file|syntax)", cause="bad_cluster_env",
          about=Aspect.AGENT, streams=_JOURNAL),
@@ -474,13 +473,13 @@ RULES: tuple[Rule, ...] = (
          cause="bad_cluster_env", severity=_DEGRADED, about=Aspect.MACHINE),
     Rule("iptables-cleaning", ("No chain/target/match by that name", "does a matching rule exist", "does not exist"),
          "Cleaning what was not there.", _NOTHING,
-         r"No chain/target/match|matching rule exist|[Cc]hain '?\w+'? does not exist", streams=_JOURNAL),
+         r"No chain/target/match|matching rule exist|[Cc]hain '?\w+'? does not exist", streams=_JOURNAL | _LOG),
     Rule("iptables", ("iptables", "ip6tables", "xtables", "Chain already exists", "nf_tables", "Command error output"),
          "The redirection was refused.", _FAILS,
          r"failed|Failed|not found|[Cc]an't|Could not|exit status [1-9]|already exists|other problem|parameter problem"
          r"|holding the xtables lock|Permission denied|[Oo]peration not permitted|RULE_\w+ failed|error output: \S"
          r"|[Nn]o such file",
-         cause="iptables_failed", about=Aspect.CAPTURE, streams=_JOURNAL),
+         cause="iptables_failed", about=Aspect.CAPTURE, streams=_JOURNAL | _LOG),
     Rule("oom-unit", ("oom-kill", "killed by the OOM killer", "Out of memory: Kill"), "The kernel killed it.", _FAILS,
          r"istio|envoy|pilot-agent", cause="out_of_memory", about=Aspect.ENVOY, streams=_JOURNAL),
     Rule("unit-ended", ("istio.service: Main process exited", "istio.service: Failed with result",
@@ -554,9 +553,9 @@ RULES: tuple[Rule, ...] = (
          r"lookup \S+.*(?:no such host|misbehaving|timeout|refused|unreachable|temporary failure|no answer|canceled)"
          r"|no such host|DNS resolution failed", cause="dns_unresolved"),
     Rule("clock", ("x509: ", "token"), "The certificate lies in the future.", _FAILS,
-         r"not yet valid: current time \S+ is before|before issued|token is not valid yet|nbf", cause="clock_skew"),
+         r"not yet valid: current time \S+ is before|before issued|token is not valid yet", cause="clock_skew"),
     Rule("expired", ("has expired or is not yet valid", "certificate has expired", "CERTIFICATE_EXPIRED",
-                     "certificate expired"),
+                     "certificate expired", "expired certificate"),
          "A certificate is too old.", _FAILS, cause="cert_expired"),
     Rule("unknown-authority", ("certificate signed by unknown authority", "CERTIFICATE_VERIFY_FAILED",
                                "unknown certificate authority", "unable to verify"),
@@ -564,7 +563,7 @@ RULES: tuple[Rule, ...] = (
     Rule("wrong-name", ("x509: certificate is valid for", "x509: certificate is not valid for any names",
                         "doesn't contain any IP SANs", "relies on legacy Common Name", "x509: cannot validate"),
          "The name does not fit.", _FAILS, cause="san_mismatch"),
-    Rule("other-tls", ("x509: ",), "The certificate does not verify.", _FAILS, cause="root_cert_mismatch"),
+    Rule("other-tls", ("x509: ", "remote error: tls: "), "The certificate does not verify.", _FAILS, cause="root_cert_mismatch"),
     Rule("service-account-gone", ("serviceaccount",), "The account is gone.", _FAILS,
          r"serviceaccounts? \S+ not found", cause="service_account_missing"),
     Rule("unknown-cluster", ("kube client", "cluster"), "The cluster is unknown to istiod.", _FAILS,
@@ -583,6 +582,8 @@ RULES: tuple[Rule, ...] = (
          Effect.DISTURBS, cause="cert_expired", severity=_DEGRADED, about=Aspect.CERTIFICATE, first="1.11"),
 
     # A closed stream is everyday; one that stays closed is not.
+    Rule("sds-everyday-close", ("StreamSecrets",), "Envoy left the SDS stream.", _NOTHING,
+         rf"StreamSecrets {_CLOSED}(?:0,|1,|13,|14, .*(?:closing|EOF|goaway|NO_ERROR))"),
     Rule("everyday-close", ("closed", "terminated with unexpected error", "disconnected from XDS server",
                             "loopyWriter"),
          "istiod ends each stream after half an hour or so.", _PROVES,

@@ -62,7 +62,7 @@ def serve(application: ASGIApp, context: ServerContext, listener: socket.socket,
         proxy_headers=False,  # nobody may say that he is somebody else
         server_header=False,
         timeout_keep_alive=REQUEST_SECONDS,
-        timeout_graceful_shutdown=STOP_SECONDS,
+        timeout_graceful_shutdown=STOP_SECONDS + 1,  # by then there is nobody left
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
     asyncio.run(Server(config, context, ready).serve(sockets=[listener]))
@@ -90,6 +90,15 @@ class Server(uvicorn.Server):
             )
             self.servers.append(server)
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Give the answers under way a moment, then break them off."""
+        asyncio.get_running_loop().call_later(STOP_SECONDS, self._break_off)
+        await super().shutdown(sockets)
+
+    def _break_off(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 class Connection(H11Protocol):

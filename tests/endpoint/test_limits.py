@@ -1,9 +1,11 @@
 """Clients that are slow, greedy or rude do not keep the others waiting, nor the server from stopping."""
 
+import os
 import signal
 from contextlib import ExitStack, suppress
 
-from endpoint.serving import Setup
+from endpoint.serving import Setup, error_of, eventually
+from endpoint.test_packages import build_deb
 
 
 def test_handshakes_that_never_finish_hold_up_nobody(setup: Setup) -> None:
@@ -48,3 +50,29 @@ def test_the_server_stops_although_clients_hang_on(setup: Setup) -> None:
         assert idle.recv(100).startswith(b"HTTP/1.1 200 ")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=15) == 0
+
+
+def test_a_download_that_nobody_takes_does_not_keep_the_server_from_stopping(setup: Setup) -> None:
+    build_deb(setup.folder / "deb", setup.packages / "istio-sidecar.deb", payload=os.urandom(40_000_000))
+    token = setup.token()
+    with setup.serving() as server, server.connect() as lazy:
+        request = f"GET /v1/packages/istio-sidecar.deb HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
+        lazy.sendall(request.encode())
+        assert lazy.recv(12) == b"HTTP/1.1 200"
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=15) == 0
+        assert {line["level"] for line in server.log_lines("stopped")} == {"info"}
+        assert "exception" not in server.log()
+
+
+def test_more_connections_than_it_has_room_for_are_told_to_come_back(setup: Setup) -> None:
+    token = setup.token()
+    with setup.serving() as server:
+        with ExitStack() as stack:
+            for _ in range(500):
+                stack.enter_context(server.connect())
+            answer = server.get(token=token)
+            assert error_of(answer) == (503, "busy")
+            assert answer.headers["retry-after"] == "5"
+        later = eventually(lambda: server.get(token=token), lambda answer: answer.status_code == 200)
+        assert later.status_code == 200

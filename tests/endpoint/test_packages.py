@@ -51,11 +51,13 @@ def build_deb(
     version: str = "1.12.2",
     arch: str = "amd64",
     compression: str = "gzip",
+    payload: bytes = b"",
 ) -> Path:
-    """Build an empty deb package."""
+    """Build a deb package of one file."""
     control = folder / "tree" / "DEBIAN" / "control"
     control.parent.mkdir(parents=True, exist_ok=True)
     control.write_text(CONTROL.format(name=name, version=version, arch=arch))
+    (control.parents[1] / "payload").write_bytes(payload)
     target.parent.mkdir(exist_ok=True)
     command: list[str | Path] = ["dpkg-deb", "--root-owner-group", f"-Z{compression}", "-b", control.parents[1], target]
     subprocess.run(command, check=True, capture_output=True)

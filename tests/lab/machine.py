@@ -259,7 +259,7 @@ class Machine:
     def console(self) -> str:
         """What was written to the console, without the terminal's control sequences."""
         text = self._console.read_text(errors="replace") if self._console.exists() else ""
-        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", text)
+        return re.sub(r"\n+", "\n", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", text))
 
     def snapshot(self) -> dict[str, Entry]:
         """Every file, folder and link of the running machine by its path, but for what LEFT_OUT names."""

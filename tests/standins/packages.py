@@ -80,15 +80,17 @@ def build(
 def build_fixture_rpms(out: Path) -> tuple[Path, ...]:
     """Put empty rpms into `out` that provide what istio-sidecar requires.
 
-    A Debian tree has the programs, but its rpm database knows nothing of them.
+    A Debian tree has the programs, but its rpm database knows nothing of them; rpm itself wants the shell
+    that runs the post-install script.
     """
-    names = ("iproute", "iptables", "sudo", "hostname")
+    names = ("iproute", "iptables", "sudo", "hostname", "bash")
 
     def fill(folder: Path) -> None:
         for name in names:
             with tempfile.TemporaryDirectory() as scratch:
                 identity = _Identity(name, "1", "1", "noarch", f"stands for Debian's {name}")
-                _build_rpm(identity, Path(scratch, "root"), folder / f"{name}.rpm", ())
+                provides = ("/bin/sh",) if name == "bash" else ()
+                _build_rpm(identity, Path(scratch, "root"), folder / f"{name}.rpm", (), provides=provides)
 
     made = _cached("fixture", names, fill)
     return tuple(_publish(made / f"{name}.rpm", out) for name in names)
@@ -170,7 +172,15 @@ class _Identity:
     summary: str
 
 
-def _build_rpm(identity: _Identity, root: Path, target: Path, requires: Sequence[str], post: str = "") -> None:
+def _build_rpm(
+    identity: _Identity,
+    root: Path,
+    target: Path,
+    requires: Sequence[str],
+    *,
+    provides: Sequence[str] = (),
+    post: str = "",
+) -> None:
     files = [f"/{file.relative_to(root)}" for file in sorted(root.rglob("*")) if file.is_file()]
     listed = [f"%config(noreplace) {file}" if file in CONFIG_FILES else file for file in files]
     lines = [
@@ -186,9 +196,10 @@ def _build_rpm(identity: _Identity, root: Path, target: Path, requires: Sequence
         f"Summary: {identity.summary}",
         "License: Apache-2.0",
         *(f"Requires: {name}" for name in requires),
+        *(f"Provides: {name}" for name in provides),
         "%description",
         f"{identity.summary}.",
-        *(["%post -p /bin/bash", post.replace("%", "%%")] if post else []),
+        *(["%post", post.replace("%", "%%")] if post else []),
         "%files",
         *listed,
     ]

@@ -452,7 +452,8 @@ STORIES: dict[str, tuple[tuple[str, str], str]] = {
         signing_fails(DIAL + ' dial tcp 10.9.0.1:15012: connect: connection refused"') + "\n90 warn - Envoy proxy is NOT ready: config "
         "not received from XDS server (is Istiod running?): cds updates: 0 successful, 0 rejected",
     ),
-    "a start that goes nowhere, silently": (failed("not_ready_no_config"), "0 START\n1 CERTIFICATE\n300 traffic"),
+    "a start that goes nowhere, silently": (failed("not_ready_no_config"), "0 START\n1 CERTIFICATE\n300 info cache returned workload trust anchor from cache"),
+    "a start that nobody tells of, but it serves traffic": (HEALTHY, "0 START\n1 CERTIFICATE\n300 traffic"),
     "no table of names": (
         degraded("dns_table_not_ready"),
         SERVING + "120 warn - Envoy proxy is NOT ready: istio DNS capture is turned ON and DNS lookup table is not ready yet",
@@ -726,6 +727,16 @@ def test_a_hole_of_nul_bytes_and_bytes_that_are_no_text_do_not_hide_a_line() -> 
 def test_fragments_of_an_overwritten_access_log_say_nothing() -> None:
     fragment = 'cted: connection refused HTTP/1.1" 503 UF x509 - "-" 0 91 1 - "-" "curl/8"\n'
     assert verdict(as_text(SERVING) + fragment) == HEALTHY
+
+
+def test_an_overwritten_line_of_the_access_log_after_a_hole_says_nothing() -> None:
+    words = '[2025-03-04T00:00:01.000Z] "GET /x509:%20Unauthenticated%20upstream HTTP/1.1" 503 UF - "-"\n'
+    assert verdict(as_text(SERVING).encode() + b"\0" * 100 + words.encode()) == HEALTHY
+
+
+def test_a_prefix_before_the_time_is_passed_over() -> None:
+    line = as_text("1 error - Envoy exited with error: exit status 1")
+    assert verdict("[vm/db-1] istio-proxy " + line) == failed("envoy_crashed")
 
 
 def test_a_line_of_megabytes_is_read_by_its_head() -> None:
