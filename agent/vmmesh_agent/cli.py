@@ -6,6 +6,7 @@ What a command needs is imported by it, so that `status` starts as fast as Pytho
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ _DEFAULT_TIMEOUT = 300.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         options = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = options.command
@@ -45,29 +47,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+def _end(_signal: int, _frame: object) -> NoReturn:
+    """End at once, children with us; every step leaves whole files behind, so it may be left anywhere."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 # --- commands ---
 
 
 def _run(options: argparse.Namespace) -> int:
-    import signal
-
     from vmmesh_agent import log, notify
     from vmmesh_agent.daemon import Daemon
 
-    def end(_signal: int, _frame: object) -> NoReturn:
-        notify.stopping()
-        raise SystemExit(0)  # every step leaves whole files behind, so it may be left anywhere
-
-    signal.signal(signal.SIGTERM, end)
     host = Host(options.root)
-    Daemon(host, _config(options, host), log.logger()).run()
+    try:
+        Daemon(host, _config(options, host), log.logger()).run()
+    except SystemExit:  # SIGTERM: what a daemon is asked to do is no failure
+        notify.stopping()
     return 0
 
 
 def _bootstrap(options: argparse.Namespace) -> int:
     from vmmesh_agent import report
-    from vmmesh_agent.reconcile import LOCK, World, describe, reconcile
-    from vmmesh_agent.watch import Watch
+    from vmmesh_agent.reconcile import LOCK, World, reconcile, settle
+    from vmmesh_agent.watch import Watch, describe
 
     host = Host(options.root)
     world = World(host, _config(options, host), _Terminal(), patience=options.timeout)
@@ -80,12 +83,13 @@ def _bootstrap(options: argparse.Namespace) -> int:
         joined = None
         try:
             joined = reconcile(world, watch)
+            if host.is_running:
+                settle(world, watch)
         except AgentError as error:
             trouble = error
         current = describe(
-            host,
             watch.observe(world.now()),
-            joined=joined,
+            known=joined.known if joined else None,
             before=report.load(host),
             trouble=trouble,
             moment=world.now(),
@@ -263,13 +267,12 @@ def _current(host: Host) -> "Report":
     moment = _now()
     if before and before.by_daemon and 0 <= (moment - before.updated_at).total_seconds() < report.FRESH_SECONDS:
         return before
-    from vmmesh_agent.reconcile import describe
     from vmmesh_agent.units import Units
-    from vmmesh_agent.watch import Watch
+    from vmmesh_agent.watch import Watch, describe
 
     known = (before.unit.invocation, before.health) if before else None
     observation = Watch(host, Units(host), known=known).observe(moment)
-    return describe(host, observation, joined=None, before=before, trouble=None, moment=moment, by_daemon=False)
+    return describe(observation, known=None, before=before, trouble=None, moment=moment, by_daemon=False)
 
 
 def _show(current: "Report") -> None:

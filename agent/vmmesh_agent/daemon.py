@@ -16,14 +16,14 @@ from vmmesh_agent.config import Config
 from vmmesh_agent.errors import AgentError, ConfigurationError
 from vmmesh_agent.host import Host
 from vmmesh_agent.log import Logger
-from vmmesh_agent.reconcile import LOCK, Joined, Step, World, describe, reconcile
+from vmmesh_agent.reconcile import LOCK, Joined, Step, World, reconcile
 from vmmesh_agent.report import Report
 from vmmesh_agent.units import Units
-from vmmesh_agent.watch import Watch
+from vmmesh_agent.watch import Watch, describe
 
 _OBSERVE_SECONDS = 2.0
 _SAVE_SECONDS = 20.0  # well within report.FRESH_SECONDS
-_ATTEMPT_SECONDS = 300.0  # one attempt, the waiting for health included; then the loop looks around
+_ATTEMPT_SECONDS = 60.0  # of fetching; then the loop looks how the sidecar is before it tries again
 _FIRST_WAIT, _LONGEST_WAIT = 10.0, 600.0  # between attempts that failed
 _REFRESH = (0.5, 0.7)  # of the token's life; where in between is chance, so that a fleet does not come at once
 
@@ -96,9 +96,8 @@ class Daemon:
         moment = self.now()
         before = self.reported
         current = describe(
-            self.host,
             watch.observe(moment),
-            joined=self.joined,
+            known=self.joined.known if self.joined else None,
             before=before,
             trouble=self.trouble,
             moment=moment,

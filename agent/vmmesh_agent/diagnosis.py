@@ -85,8 +85,7 @@ class _Run:
     def died_of(self, aspects: frozenset[Aspect]) -> bool:
         """Tell whether one of these ended the run, rather than somebody who asked."""
         return not (self.stopping or self.stopped) and any(
-            failure.aspect in aspects and failure.rule.severity is Severity.FAILED
-            for failure in self.failures.values()
+            failure.aspect in aspects and failure.rule.severity is Severity.FAILED for failure in self.failures.values()
         )
 
     def age(self, moment: datetime | None) -> timedelta | None:
@@ -237,9 +236,7 @@ class Diagnosis:
     def _token_may_be_needless(self, failure: _Failure, moment: datetime | None) -> bool:
         run = self._run
         return (
-            run.is_young(moment)
-            and (failure.lasted(moment) or _NO_TIME) < _LASTING
-            and not run.fails_at(*_EXCLUSIVE)
+            run.is_young(moment) and (failure.lasted(moment) or _NO_TIME) < _LASTING and not run.fails_at(*_EXCLUSIVE)
         )
 
     # --- taking in ----------------------------------------------------------
@@ -265,7 +262,7 @@ class Diagnosis:
             and began.moment is not None
             and record.moment is not None
             and record.stream is not began.stream
-            and record.moment < began.moment - _PERSISTENT
+            and record.moment <= began.moment
         )
 
     def _apply(self, rule: Rule, record: Record) -> None:
@@ -294,16 +291,12 @@ class Diagnosis:
                     run.stopped = run.stopped or self._failure(rule, Aspect.AGENT, record)
             case Effect.FAILS | Effect.DISTURBS:
                 self._fail(rule, record)
-            case Effect.NOTHING:
-                pass
 
     def _begin(self, record: Record) -> None:
         if self._run.died_of(_DEADLY):
             self._dead.append(tuple(self._run.failures.values()))
         elif self._run.stopped or self._run.serves:
             self._dead.clear()
-        if record.stream is Stream.JOURNAL and not self._run.failures and self._run.began:
-            return  # systemd says both that it starts and that it has started
         self._run = _Run(record)
 
     def _prove(self, rule: Rule, record: Record) -> None:
@@ -313,7 +306,9 @@ class Diagnosis:
             run.stopping = run.stopped = None
             run.signed = True
             run.signed_until = _valid_until(record) or run.signed_until
-        if Aspect.CAPTURE in rule.proves or Aspect.ADMISSION in rule.proves:
+        # The journal alone cannot tell more than that the start script has done its part.
+        script_done = Aspect.CAPTURE in rule.proves and (not run.began or run.began.stream is Stream.JOURNAL)
+        if script_done or Aspect.ADMISSION in rule.proves:
             run.serves = True
             self._dead.clear()
 

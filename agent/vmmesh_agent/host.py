@@ -359,7 +359,7 @@ class Host:
     @contextlib.contextmanager
     def lock(self, path: PurePosixPath) -> Iterator[None]:
         """Hold the lock file for as long as the block lasts; raise `HostError` where another process has it."""
-        self.make_folder(path.parent, ROOT, 0o700)
+        self.make_folder(path.parent, ROOT, 0o755)
         with _explained(path), self._parent(path) as (folder, name):
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
         try:

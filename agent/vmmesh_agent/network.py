@@ -221,7 +221,12 @@ def _response(
 
 
 def _client(request: Mapping[str, Any], context: ssl.SSLContext) -> httpx.Client:
-    return httpx.Client(verify=context, timeout=min(request["timeout"], 30), follow_redirects=False, trust_env=True)
+    try:
+        return httpx.Client(verify=context, timeout=min(request["timeout"], 30), follow_redirects=False, trust_env=True)
+    except (ValueError, httpx.InvalidURL) as error:
+        raise FetchError(
+            f"the proxy variables make no sense: {_safe(str(error))}", code="proxy-invalid", hint="see https_proxy"
+        ) from None
 
 
 def _redirected(client: httpx.Client, response: httpx.Response, _most: int = 5) -> httpx.Response:

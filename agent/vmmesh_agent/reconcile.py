@@ -1,4 +1,4 @@
-"""THE flow: fetch → verify → install → place → start → watch.
+"""THE flow: fetch → verify → install → place → start, and then watch.
 
 Each step compares first and says what it changed. Until the bundle is verified and the package is judged, nothing
 on the machine is touched; the sidecar is stopped only if something beneath it changes, and it is never running
@@ -13,24 +13,24 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Protocol
 
-from vmmesh_agent import install, place, report, store, x509
-from vmmesh_agent.bundle import Bundle
+from vmmesh_agent import install, place, store
+from vmmesh_agent.bundle import Bundle, Sidecar
 from vmmesh_agent.config import Config
 from vmmesh_agent.errors import AgentError, InstallError
 from vmmesh_agent.fetch import Download, fetch
 from vmmesh_agent.health import Health, State
 from vmmesh_agent.host import Host
 from vmmesh_agent.packages import managers
-from vmmesh_agent.report import Report, Unit
+from vmmesh_agent.report import Known
 from vmmesh_agent.store import Stored
 from vmmesh_agent.units import ISTIO, Units
 from vmmesh_agent.verify import VerifiedBundle, verify
-from vmmesh_agent.watch import Observation, Watch
+from vmmesh_agent.watch import Watch
 
 LOCK = PurePosixPath("/run/vmmesh-agent/lock")
-_CERT_CHAIN = PurePosixPath("/etc/certs/cert-chain.pem")
 _SETTLED = {State.HEALTHY, State.DEGRADED}
 _POLL_SECONDS = 0.25
+_HOPELESS_SECONDS = 45.0
 
 
 class Step(Protocol):
@@ -78,25 +78,46 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What the flow found and did: the bundle in force, the names of what changed, the sidecar at the end."""
+    """What the flow found and did: the bundle in force, the installed version, the names of what changed."""
 
     bundle: VerifiedBundle
     sidecar_version: str
     changed: tuple[str, ...]
-    health: Health
+
+    @property
+    def known(self) -> Known:
+        """What the status record shows of it."""
+        return Known(str(self.bundle.workload), self.bundle.token_expires_at, self.sidecar_version)
 
 
 def reconcile(world: World, watch: Watch) -> Joined:
-    """Bring the machine to what the cluster says, and wait until the sidecar is in the mesh or patience ends."""
+    """Bring the machine to what the cluster says and see that the sidecar runs; how it does is `watch`'s to say."""
     world.host.require_root("joining the mesh")
-    fetched = _fetch(world)
-    bundle = _verify(world, fetched.bundle)
-    version, installed = _install(world, bundle)
+    with _Package(world) as package:
+        if world.config.sidecar.package:
+            package.choose(None)  # known already: its download goes on beside the fetching and verifying
+        fetched = _fetch(world)
+        bundle = _verify(world, fetched.bundle)
+        package.choose(bundle.sidecar)
+        version, installed = _install(world, package)
     placed = _place(world, bundle)
     store.save(world.host, fetched)
     started = _start(world, watch)
-    health = _watch(world, watch) if world.host.is_running else Health(State.STOPPED)
-    return Joined(bundle, version, (*installed, *placed, *started), health)
+    return Joined(bundle, version, (*installed, *placed, *started))
+
+
+def settle(world: World, watch: Watch) -> Health:
+    """Wait until the sidecar is in the mesh, is past hope, or the time is up. Return how it is then."""
+    with world.progress.step("watch") as step:
+        limit = world.config.healthy_within
+        deadline = time.monotonic() + (limit if world.patience is None else min(limit, world.left() or 0.0))
+        hopeless = _Hopeless()
+        while True:
+            health = watch.observe(world.now()).health
+            step.says(str(health.state) if health.cause == "none" else f"{health.state}: {health.cause}")
+            if health.state in _SETTLED or hopeless.after(health) or time.monotonic() >= deadline:
+                return health
+            time.sleep(_POLL_SECONDS)
 
 
 def preview(world: World) -> tuple[VerifiedBundle, install.Plan, tuple[place.Change, ...]]:
@@ -163,41 +184,60 @@ def _verify(world: World, bundle: Bundle) -> VerifiedBundle:
     return verified
 
 
-def _install(world: World, bundle: VerifiedBundle) -> tuple[str, list[str]]:
+class _Package:
+    """The sidecar package of one reconciliation, chosen once; a download ends with the block, finished or not."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._download: Download | None = None
+        self.plan: install.Plan | None = None
+
+    def __enter__(self) -> "_Package":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._download:
+            self._download.stop()
+
+    def choose(self, named: Sidecar | None) -> None:
+        """Choose the package, where that is not done, and begin to download it, where it has to be."""
+        if self.plan is None:
+            host, config = self._world.host, self._world.config
+            self.plan = install.plan(host, config, named, managers(host))
+            source = self.plan.source
+            if source and source.url:
+                into = install.destination(host, source)
+                self._download = Download(host, config, url=source.url, sha256=source.sha256, into=into)
+
+    def file(self, source: install.Source, step: Step) -> PurePosixPath:
+        """Return the package file, once it is all there."""
+        if source.path:
+            return source.path
+        assert self._download is not None  # noqa: S101  # a source is a path or an address
+        return self._download.finish(
+            patience=self._world.left(),
+            on_retry=self._world.progress.retrying,
+            on_progress=lambda received: step.progress(received, source.size),
+        )
+
+
+def _install(world: World, package: _Package) -> tuple[str, list[str]]:
     """Return the installed version and what was changed.
 
     The package comes before the files: it makes the user that owns them, and the link /etc/istio.
     """
-    host = world.host
+    assert package.plan is not None  # noqa: S101  # chosen by now
+    source = package.plan.source
     with world.progress.step("install") as step:
-        planned = install.plan(host, world.config, bundle.sidecar, managers(host))
-        step.says(str(planned))
-        if planned.source is None:
-            return planned.installed or "", []
-        path = planned.source.path or _download(world, planned.source, step)
-        package = install.judge(host, planned.source, path, world.config.sidecar)
+        step.says(str(package.plan))
+        if source is None:
+            return package.plan.installed or "", []
+        path = package.file(source, step)
+        judged = install.judge(world.host, source, path, world.config.sidecar)
         _stop(world)
-        install.apply(host, planned.source, path, package)
-        step.says(f"{package.name} {package.version}")
-        return package.version, [f"{package.name} {package.version}"]
-
-
-def _download(world: World, source: install.Source, step: Step) -> PurePosixPath:
-    download = Download(
-        world.host,
-        world.config,
-        url=source.url,
-        sha256=source.sha256,
-        into=install.destination(world.host, source),
-    )
-    try:
-        return download.finish(
-            patience=world.left(),
-            on_retry=world.progress.retrying,
-            on_progress=lambda received: step.progress(received, source.size),
-        )
-    finally:
-        download.stop()
+        install.apply(world.host, source, path, judged)
+        step.says(f"{judged.name} {judged.version}")
+        return judged.version, [f"{judged.name} {judged.version}"]
 
 
 def _place(world: World, bundle: VerifiedBundle) -> list[str]:
@@ -234,54 +274,19 @@ def _start(world: World, watch: Watch) -> list[str]:
     return done
 
 
-def _watch(world: World, watch: Watch) -> Health:
-    """Wait until the sidecar has settled; what it says on its way is not the last word before the time is up."""
-    with world.progress.step("watch") as step:
-        limit = world.config.healthy_within if world.patience is None else world.left() or 0.0
-        deadline = time.monotonic() + limit
-        health = watch.observe(world.now()).health
-        while health.state not in _SETTLED and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-            health = watch.observe(world.now()).health
-        step.says(str(health.state) if health.cause == "none" else f"{health.state}: {health.cause}")
-    return health
+class _Hopeless:
+    """Notices a failure that stays the same: waiting longer would only keep a person from the reason."""
 
+    def __init__(self) -> None:
+        self._cause = ""
+        self._since = 0.0
 
-# --- what is reported ---
-
-
-def describe(
-    host: Host,
-    observation: Observation,
-    *,
-    joined: Joined | None,
-    before: Report | None,
-    trouble: AgentError | None,
-    moment: datetime,
-    by_daemon: bool,
-) -> Report:
-    """Put together what is known; `before` fills in what was known earlier."""
-    health = report.with_trouble(observation.health, trouble, moment)
-    unit = observation.unit
-    return Report(
-        health=report.keeping_since(health, before.health if before else None, moment),
-        updated_at=moment,
-        workload=str(joined.bundle.workload) if joined else before.workload if before else "",
-        token_expires_at=joined.bundle.token_expires_at if joined else before.token_expires_at if before else None,
-        certificate_not_after=_certificate_end(host),
-        sidecar_version=joined.sidecar_version if joined else before.sidecar_version if before else "",
-        unit=Unit(unit.active, unit.sub, unit.main_pid, unit.restarts, unit.invocation),
-        by_daemon=by_daemon,
-    )
-
-
-def _certificate_end(host: Host) -> datetime | None:
-    """Return when the sidecar's own certificate ends, None where there is none to read."""
-    try:
-        content = host.read(_CERT_CHAIN)
-        return x509.read_pem(content.decode())[0].not_after if content else None
-    except (AgentError, x509.CertificateError, UnicodeDecodeError):
-        return None
+    def after(self, health: Health) -> bool:
+        """Has the sidecar failed for this one cause for long enough?"""
+        cause = health.cause if health.state is State.FAILED else ""
+        if cause != self._cause:
+            self._cause, self._since = cause, time.monotonic()
+        return bool(cause) and time.monotonic() - self._since >= _HOPELESS_SECONDS
 
 
 def _previous_root(host: Host) -> bytes:
@@ -290,4 +295,7 @@ def _previous_root(host: Host) -> bytes:
 
 
 def _listed(changes: tuple[place.Change, ...]) -> str:
-    return ", ".join(f"{change.path} ({change.what})" for change in changes)
+    """Name the files that change; the folders around them go without saying."""
+    return ", ".join(change.path.name for change in changes if change.content is not None) or (
+        "owners of folders" if changes else ""
+    )

@@ -17,14 +17,14 @@ _COLOURS = {
     State.UNKNOWN: "35",
 }
 _MARKS = {State.HEALTHY: "●", State.FAILED: "✗"}
-_LABEL = 13  # columns before the facts
+_LABEL = 13  # columns of a fact's name
 
 
 def human(report: Report, now: datetime, *, width: int = 80, colour: bool = False) -> str:
     """Return a screen that leads with the answer."""
-    lines = [*_health_lines(report.health, report.workload, now, width, colour), ""]
+    lines = [*_health_lines(report.health, report.known.workload, now, width, colour), ""]
     for label, fact in _facts(report, now):
-        lines.append(f"  {label:<{_LABEL - 2}}{fact}"[:width])
+        lines += _wrapped(fact, f"  {label:<{_LABEL}}", " " * (_LABEL + 2), width)
     return "\n".join(lines) + "\n"
 
 
@@ -70,14 +70,14 @@ def _wrapped(text: str, first: str, rest: str, width: int, most: int = 40) -> li
 
 
 def _facts(report: Report, now: datetime) -> Iterator[tuple[str, str]]:
-    if report.token_expires_at:
-        yield "token", _until(report.token_expires_at, now)
+    if report.known.token_expires_at:
+        yield "token", _until(report.known.token_expires_at, now)
     if report.certificate_not_after:
         yield "certificate", _until(report.certificate_not_after, now)
     if report.unit.active:
         restarts = f", {report.unit.restarts} restarts" if report.unit.restarts else ""
         process = f", process {report.unit.main_pid}" if report.unit.main_pid else ""
-        version = f"{report.sidecar_version}, " if report.sidecar_version else ""
+        version = f"{report.known.sidecar_version}, " if report.known.sidecar_version else ""
         yield "sidecar", f"{version}istio.service {report.unit.active} ({report.unit.sub}){process}{restarts}"
     age = (now - report.updated_at).total_seconds()
     seen = "just now" if age < 2 else f"{_span(age)} ago"
@@ -112,11 +112,11 @@ def nagios(report: Report, now: datetime) -> tuple[str, int]:
     """Return the plugin's one line and its exit status (0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN)."""
     status, word = _NAGIOS[report.health.state]
     worst = report.health.conditions[0].message if report.health.conditions else str(report.health.state)
-    subject = report.workload or "this VM"
+    subject = report.known.workload or "this VM"
     text = f"VMMESH {word} - {subject}: {worst}".replace("|", "/").replace("\n", " ")
     data = [
         f"{label}={max(0, int((moment - now).total_seconds()))}s;;;0;"
-        for label, moment in (("token", report.token_expires_at), ("certificate", report.certificate_not_after))
+        for label, moment in (("token", report.known.token_expires_at), ("certificate", report.certificate_not_after))
         if moment
     ]
     return (f"{text} | {' '.join(data)}" if data else text), status
@@ -152,7 +152,7 @@ def prometheus(report: Report) -> str:
         ],
     )
     for name, what, moment in (
-        ("token", "the token", report.token_expires_at),
+        ("token", "the token", report.known.token_expires_at),
         ("cert", "the sidecar's certificate", report.certificate_not_after),
     ):
         stamps = [("", moment.timestamp())] if moment else []

@@ -5,7 +5,7 @@ It is world-readable and holds no secret: times and names only.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from vmmesh_agent.errors import AgentError
 from vmmesh_agent.health import Condition, Health, Severity, State, worst_first
 from vmmesh_agent.host import ROOT, Host
+from vmmesh_agent.units import UnitState
 
 SCHEMA = "vmmesh.status/v1"
 FILE = PurePosixPath("/run/vmmesh-agent/status.json")
@@ -20,14 +21,12 @@ FRESH_SECONDS = 60  # the daemon writes at least twice in this time
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """istio.service, as systemd has it."""
+class Known:
+    """What joining told: the WorkloadGroup (`namespace/name`), when the token expires, the installed version."""
 
-    active: str = ""
-    sub: str = ""
-    main_pid: int = 0
-    restarts: int = 0
-    invocation: str = ""
+    workload: str = ""
+    token_expires_at: datetime | None = None
+    sidecar_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,33 +34,22 @@ class Report:
     """All that `status` shows. Times are aware and in UTC; what is not known is None or empty."""
 
     health: Health
+    unit: UnitState
     updated_at: datetime
-    workload: str = ""
-    token_expires_at: datetime | None = None
+    known: Known = Known()
     certificate_not_after: datetime | None = None
-    sidecar_version: str = ""
-    unit: Unit = field(default_factory=Unit)
     by_daemon: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record in its JSON form, `vmmesh.status/v1`."""
-        namespace, _, name = self.workload.partition("/")
+        namespace, _, name = self.known.workload.partition("/")
         return {
             "schema": SCHEMA,
             **health_as_dict(self.health),
-            "workload": {"namespace": namespace, "name": name} if self.workload else {},
-            "bundle": {"token_expires_at": _written(self.token_expires_at)},
+            "workload": {"namespace": namespace, "name": name} if self.known.workload else {},
+            "bundle": {"token_expires_at": _written(self.known.token_expires_at)},
             "certificate": {"not_after": _written(self.certificate_not_after)},
-            "sidecar": {
-                "version": self.sidecar_version or None,
-                "unit": {
-                    "active": self.unit.active,
-                    "sub": self.unit.sub,
-                    "main_pid": self.unit.main_pid,
-                    "restarts": self.unit.restarts,
-                    "invocation": self.unit.invocation,
-                },
-            },
+            "sidecar": {"version": self.known.sidecar_version or None, "unit": asdict(self.unit)},
             "daemon": self.by_daemon,
             "updated_at": _written(self.updated_at),
         }
@@ -95,12 +83,14 @@ def from_dict(document: Mapping[str, Any]) -> Report:
         raise ValueError("not a status record")
     return Report(
         health=Health(State(document["state"]), str(document["cause"]), tuple(_conditions(document["conditions"]))),
+        unit=UnitState(**sidecar["unit"]),
         updated_at=updated_at,
-        workload=f"{workload['namespace']}/{workload['name']}" if workload else "",
-        token_expires_at=_read_time(document["bundle"]["token_expires_at"]),
+        known=Known(
+            workload=f"{workload['namespace']}/{workload['name']}" if workload else "",
+            token_expires_at=_read_time(document["bundle"]["token_expires_at"]),
+            sidecar_version=str(sidecar["version"] or ""),
+        ),
         certificate_not_after=_read_time(document["certificate"]["not_after"]),
-        sidecar_version=str(sidecar["version"] or ""),
-        unit=Unit(**sidecar["unit"]),
         by_daemon=bool(document["daemon"]),
     )
 

@@ -106,20 +106,25 @@ _FETCH_AND_RESTART = f"{_REJOIN} If it comes back, have the endpoint's bundle fo
 CAUSES: dict[str, Cause] = {
     "agent_crashed": Cause(
         "pilot-agent ended by itself.",
-        "Read the lines before the end in /var/log/istio/istio.err.log and `journalctl -u istio`; systemd starts it "
-        "again each 10 s. If it keeps ending, install another release of istio-sidecar with `vmmesh-agent bootstrap` "
+        "Read the lines before the end in /var/log/istio/istio.err.log and `journalctl -u istio`; "
+        "systemd starts it "
+        "again each 10 s. If it keeps ending, install another release of istio-sidecar with "
+        "`vmmesh-agent bootstrap` "
         "and send the archive of `vmmesh-agent collect-logs` to support.",
     ),
     "app_probe_failing": Cause(
         "The application does not pass the health probe of its WorkloadGroup, so it gets no traffic.",
-        "Start or repair the application, then ask it by hand as the probe in the WorkloadGroup does, on the port that "
+        "Start or repair the application, then ask it by hand as the probe in the WorkloadGroup does, on "
+        "the port that "
         "the evidence names. The sidecar itself needs nothing.",
     ),
     "autoregistration_failed": Cause(
         "istiod could not register this VM as a WorkloadEntry.",
-        "Compare the WorkloadGroup (`kubectl get workloadgroup -A`) with ISTIO_META_AUTO_REGISTER_GROUP, POD_NAMESPACE "
+        "Compare the WorkloadGroup (`kubectl get workloadgroup -A`) with ISTIO_META_AUTO_REGISTER_GROUP, "
+        "POD_NAMESPACE "
         "and SERVICE_ACCOUNT in /var/lib/istio/envoy/cluster.env; create or correct the group, then run "
-        "`vmmesh-agent bootstrap`. If the entry's name is invalid, set ISTIO_SVC_IP to this VM's routable address.",
+        "`vmmesh-agent bootstrap`. If the entry's name is invalid, set ISTIO_SVC_IP to this VM's "
+        "routable address.",
         _UNREACHED,
     ),
     "bad_cluster_env": Cause(
@@ -134,13 +139,16 @@ CAUSES: dict[str, Cause] = {
     ),
     "cert_expired": Cause(
         "A certificate on the way to istiod has expired.",
-        "Compare `date -u` with the two times in the evidence. If the clock is right and the certificate is istiod's or "
-        "the gateway's, it must be renewed in the cluster; if it is this VM's own, run `vmmesh-agent bootstrap`.",
+        "Compare `date -u` with the two times in the evidence. If the clock is right and the certificate "
+        "is istiod's or "
+        "the gateway's, it must be renewed in the cluster; if it is this VM's own, run `vmmesh-agent "
+        "bootstrap`.",
         _UNREACHED | {"istiod_unreachable"},
     ),
     "clock_skew": Cause(
         "The clock of this VM is behind: a certificate is not valid yet.",
-        "Run `timedatectl`, repair time synchronisation (`systemctl restart systemd-timesyncd` or chronyd), wait until it "
+        "Run `timedatectl`, repair time synchronisation (`systemctl restart systemd-timesyncd` or "
+        "chronyd), wait until it "
         "says synchronized, then `systemctl restart istio`.",
         _UNREACHED | {"istiod_unreachable", "cert_expired", "token_rejected"},
     ),
@@ -152,8 +160,10 @@ CAUSES: dict[str, Cause] = {
     ),
     "config_rejected": Cause(
         "Envoy refused a part of the configuration that istiod sent and goes on with the last good one.",
-        "Find the resource that the evidence names: an EnvoyFilter, a Gateway or a certificate in the cluster does not "
-        "suit this Envoy. Correct it there (`istioctl analyze -A`, `istioctl proxy-status`); nothing on the VM helps.",
+        "Find the resource that the evidence names: an EnvoyFilter, a Gateway or a certificate in the "
+        "cluster does not "
+        "suit this Envoy. Correct it there (`istioctl analyze -A`, `istioctl proxy-status`); nothing on "
+        "the VM helps.",
         frozenset({"not_ready_no_config"}),
     ),
     "disk_full": Cause(
@@ -169,14 +179,17 @@ CAUSES: dict[str, Cause] = {
     ),
     "dns_unresolved": Cause(
         "The name of istiod does not resolve.",
-        "Run `getent hosts istiod.istio-system.svc`. The address belongs in the vmmesh-agent block of /etc/hosts: "
-        "run `vmmesh-agent bootstrap`. If the bundle's hosts file is empty, the endpoint must be given the address of "
+        "Run `getent hosts istiod.istio-system.svc`. The address belongs in the vmmesh-agent block of "
+        "/etc/hosts: "
+        "run `vmmesh-agent bootstrap`. If the bundle's hosts file is empty, the endpoint must be given "
+        "the address of "
         "the east-west gateway.",
         _UNREACHED | {"istiod_unreachable"},
     ),
     "envoy_crashed": Cause(
         "Envoy ended by itself, and with it the sidecar.",
-        "Read the end of /var/log/istio/istio.err.log: the lines before the exit say why. If nothing is there, run "
+        "Read the end of /var/log/istio/istio.err.log: the lines before the exit say why. If nothing is "
+        "there, run "
         "`/usr/local/bin/envoy --version`; if it keeps ending, install another release of istio-sidecar.",
         frozenset({"not_ready_no_config", "config_rejected", "agent_crashed", "sds_timeout"}),
     ),
@@ -187,42 +200,50 @@ CAUSES: dict[str, Cause] = {
     ),
     "glibc_mismatch": Cause(
         "This Envoy needs a newer C library than this system has.",
-        "Compare `getconf GNU_LIBC_VERSION` with the version in the evidence. Name a package of istio-sidecar built for "
+        "Compare `getconf GNU_LIBC_VERSION` with the version in the evidence. Name a package of "
+        "istio-sidecar built for "
         "this system in sidecar.package, or move the VM to a newer release of its system.",
         _ENVOY_GONE,
     ),
     "identity_mismatch": Cause(
         "istiod knows this VM under another identity than the one it asks for.",
-        "Compare POD_NAMESPACE and SERVICE_ACCOUNT in /var/lib/istio/envoy/cluster.env with the identity in the "
+        "Compare POD_NAMESPACE and SERVICE_ACCOUNT in /var/lib/istio/envoy/cluster.env with the identity "
+        "in the "
         f"evidence: they must name the token's service account. {_REJOIN}",
         _UNREACHED,
     ),
     "iptables_failed": Cause(
         "The redirection of traffic could not be set up, so the sidecar does not start.",
-        "Run `iptables -t nat -S` as root: if it is missing, install the package iptables; if chains named ISTIO_ are "
-        "left, run `systemctl stop istio` and `/usr/local/bin/istio-start.sh clean`, then `systemctl start istio`.",
+        "Run `iptables -t nat -S` as root: if it is missing, install the package iptables; if chains "
+        "named ISTIO_ are "
+        "left, run `systemctl stop istio` and `/usr/local/bin/istio-start.sh clean`, then `systemctl "
+        "start istio`.",
         _NO_START | {"permission_denied"},
     ),
     "istiod_unreachable": Cause(
         "istiod cannot be reached.",
-        "Run `vmmesh-agent doctor`: it names the address and the port and tries them. Check the route, the firewall and "
+        "Run `vmmesh-agent doctor`: it names the address and the port and tries them. Check the route, "
+        "the firewall and "
         "that the east-west gateway offers port 15012 with TLS.",
         _UNREACHED,
     ),
     "not_ready_no_config": Cause(
         "Envoy has not got the configuration that it needs to serve.",
-        "Run `vmmesh-agent doctor`, then in the cluster `istioctl proxy-status`: this VM must be listed and synced. "
+        "Run `vmmesh-agent doctor`, then in the cluster `istioctl proxy-status`: this VM must be listed "
+        "and synced. "
         "If it is not, `systemctl restart istio`.",
     ),
     "out_of_memory": Cause(
         "The kernel killed the sidecar because memory ran out.",
-        "Run `free -m` and `journalctl -k | grep -i oom`. Give the VM or the unit more memory, or limit what Envoy gets "
+        "Run `free -m` and `journalctl -k | grep -i oom`. Give the VM or the unit more memory, or limit "
+        "what Envoy gets "
         "with a Sidecar resource; systemd starts it again by itself.",
         _ENVOY_GONE,
     ),
     "permission_denied": Cause(
         "The sidecar may not read or write a file that it needs.",
-        "Run `namei -l` on the path in the evidence: it must belong to istio-proxy. `vmmesh-agent bootstrap` puts owners "
+        "Run `namei -l` on the path in the evidence: it must belong to istio-proxy. `vmmesh-agent "
+        "bootstrap` puts owners "
         "and modes right; on SELinux also run `restorecon -Rv` on it.",
         _NO_START | {"token_rejected", "token_missing", "istiod_unreachable"},
     ),
@@ -239,7 +260,8 @@ CAUSES: dict[str, Cause] = {
     ),
     "root_cert_mismatch": Cause(
         "istiod's certificate is not signed by the root that this VM trusts.",
-        "Run `vmmesh-agent bootstrap` to fetch the mesh's current root, then `systemctl restart istio`. If it stays so, "
+        "Run `vmmesh-agent bootstrap` to fetch the mesh's current root, then `systemctl restart istio`. "
+        "If it stays so, "
         "something between here and istiod ends TLS: the gateway must pass port 15012 through.",
         _UNREACHED | {"istiod_unreachable"},
     ),
@@ -261,7 +283,8 @@ CAUSES: dict[str, Cause] = {
     ),
     "service_account_missing": Cause(
         "The service account of this VM does not exist in the cluster any more.",
-        "Create the service account that SERVICE_ACCOUNT in /var/lib/istio/envoy/cluster.env names, in that namespace, "
+        "Create the service account that SERVICE_ACCOUNT in /var/lib/istio/envoy/cluster.env names, in "
+        "that namespace, "
         f"then get a new token. {_REJOIN}",
         _UNREACHED | {"token_rejected"},
     ),
@@ -284,8 +307,10 @@ CAUSES: dict[str, Cause] = {
     ),
     "token_rejected": Cause(
         "istiod refuses the token: it has expired, or its audience, cluster or service account is wrong.",
-        "Run `vmmesh-agent status` to see when the token expires, then `vmmesh-agent bootstrap` for a new one. If that one "
-        "is refused too, compare ISTIO_META_CLUSTER_ID and SERVICE_ACCOUNT with the cluster; istiod's log has the reason.",
+        "Run `vmmesh-agent status` to see when the token expires, then `vmmesh-agent bootstrap` for a "
+        "new one. If that one "
+        "is refused too, compare ISTIO_META_CLUSTER_ID and SERVICE_ACCOUNT with the cluster; istiod's "
+        "log has the reason.",
         _UNREACHED | {"cert_expired"},
     ),
     "user_missing": Cause(
@@ -295,7 +320,8 @@ CAUSES: dict[str, Cause] = {
     ),
     "xds_rejected": Cause(
         "istiod ends the configuration stream for a reason of its own.",
-        "Read the reason in the evidence and istiod's log at that time (`kubectl -n istio-system logs deploy/istiod`); "
+        "Read the reason in the evidence and istiod's log at that time (`kubectl -n istio-system logs "
+        "deploy/istiod`); "
         "`istioctl version` shows whether sidecar and istiod are too far apart.",
         _UNREACHED,
     ),
@@ -370,9 +396,11 @@ RULES: tuple[Rule, ...] = (
          r"downstream (?:\[\d+\] )?(?:terminated with|send error|dropped)"),
     Rule("capacity-warning", ("Usage of the deprecated runtime", "runtime singleton", "no configured limit"),
          "Envoy has begun.", Effect.ENVOY_BEGINS, streams=_FILES),
-    Rule("deprecation", ("Using deprecated", "mTLS PERMISSIVE", "deprecated option"), "A warning of old age.", _NOTHING),
+    Rule("deprecation", ("Using deprecated", "mTLS PERMISSIVE", "deprecated option"), "A warning of old age.",
+         _NOTHING),
     Rule("retrying-ca", ("ca request failed, starting attempt",),
-         "The CA did not answer at once.", Effect.DISTURBS, cause="istiod_unreachable", about=Aspect.CERTIFICATE, first="1.9"),
+         "The CA did not answer at once.", Effect.DISTURBS, cause="istiod_unreachable",
+         about=Aspect.CERTIFICATE, first="1.9"),
 
     # Success, and what it proves.
     Rule("certificate", ("generated new workload certificate", "read certificate from file",
@@ -412,7 +440,8 @@ RULES: tuple[Rule, ...] = (
 
     # The application.
     Rule("probe-fails-envoy", ("marking as unhealthy",), "The first check asks an Envoy that is not ready yet.",
-         Effect.DISTURBS, r"unhealthy: .*(?:config (?:not|received)|server is not live|workers have not|readiness stats)",
+         Effect.DISTURBS,
+         r"unhealthy: .*(?:config (?:not|received)|server is not live|workers have not|readiness stats)",
          cause="app_probe_failing", severity=_DEGRADED, about=Aspect.PROBE, first="1.9"),
     Rule("probe-fails", ("marking as unhealthy",), "The application does not answer.", _FAILS,
          cause="app_probe_failing", severity=_DEGRADED, about=Aspect.PROBE, first="1.9"),
@@ -474,7 +503,8 @@ RULES: tuple[Rule, ...] = (
     Rule("iptables-cleaning", ("No chain/target/match by that name", "does a matching rule exist", "does not exist"),
          "Cleaning what was not there.", _NOTHING,
          r"No chain/target/match|matching rule exist|[Cc]hain '?\w+'? does not exist", streams=_JOURNAL | _LOG),
-    Rule("iptables", ("iptables", "ip6tables", "xtables", "Chain already exists", "nf_tables", "Command error output"),
+    Rule("iptables", ("iptables", "ip6tables", "xtables", "Chain already exists", "nf_tables",
+                      "Command error output"),
          "The redirection was refused.", _FAILS,
          r"failed|Failed|not found|[Cc]an't|Could not|exit status [1-9]|already exists|other problem|parameter problem"
          r"|holding the xtables lock|Permission denied|[Oo]peration not permitted|RULE_\w+ failed|error output: \S"
@@ -508,23 +538,23 @@ RULES: tuple[Rule, ...] = (
     Rule("go-memory", ("runtime: out of memory", "cannot allocate memory"), "pilot-agent got no memory.", _FAILS,
          r"fatal error: runtime: out of memory|cannot allocate memory", cause="out_of_memory", about=Aspect.AGENT),
     Rule("go-panic", ("panic: ", "fatal error: ", "goroutine ", "SIGSEGV: "), "pilot-agent panicked.", _FAILS,
-         r"^(?:panic: |(?:fatal )?error: (?:concurrent|all goroutines|unexpected signal|stack|runtime|fault|found|s\w+ )"
+         r"^(?:panic: |(?:fatal )?error: (?:concurrent|all goroutines|unexpected signal|runtime|fault|found|s\w+ )"
          r"|goroutine \d+ \[running|SIG[A-Z]+: )",
          cause="agent_crashed", about=Aspect.AGENT, streams=_ERR | _JOURNAL),
     Rule("glibc", ("GLIBC", "error while loading shared libraries"), "The loader refuses Envoy.", _FAILS,
          r"GLIBC(?:XX)?_[\d.]+'? not found|loading shared libraries", cause="glibc_mismatch", about=Aspect.ENVOY),
     Rule("oom", ("Envoy may have been out of memory killed",), "Envoy was killed, most likely by the kernel.", _FAILS,
          cause="out_of_memory", about=Aspect.ENVOY),
-    Rule("envoy-killed", ("xited with error: signal: killed",), "Envoy was killed, most likely by the kernel.", _FAILS,
-         cause="out_of_memory", about=Aspect.ENVOY),
+    Rule("envoy-killed", ("xited with error: signal: killed",), "Envoy was killed, most likely by the kernel.",
+         _FAILS, cause="out_of_memory", about=Aspect.ENVOY),
     Rule("envoy-exit", ("Envoy exited with error", "exited with error:", "Envoy exited with status"), "Envoy ended.",
          _FAILS, r"(?:Envoy|Epoch \d+|Epoch \S+) exited with (?:error|status [1-9])", cause="envoy_crashed",
          about=Aspect.ENVOY),
     Rule("envoy-backtrace", ("Caught Segmentation", "Caught Aborted", "Caught Illegal", "Caught Bus", "Caught ",
                              "assert failure", "FATAL ERROR", "terminate called", "std::bad_alloc",
-                             "error initializing configuration", "SIGABRT", "Aborted (core dumped)"),
+                             "initializing configuration", "SIGABRT", "Aborted (core dumped)"),
          "Envoy died.", _FAILS, r"Caught (?!exception)[A-Z]\w+|assert failure|FATAL ERROR|terminate called|bad_alloc"
-         r"|error initializing config|SIGABRT|core dumped", cause="envoy_crashed", about=Aspect.ENVOY,
+         r"|^(?:error )?initializing configuration|SIGABRT|core dumped", cause="envoy_crashed", about=Aspect.ENVOY,
          streams=frozenset(Stream)),
 
     # Readiness, printed only where somebody asks for it.
@@ -563,7 +593,8 @@ RULES: tuple[Rule, ...] = (
     Rule("wrong-name", ("x509: certificate is valid for", "x509: certificate is not valid for any names",
                         "doesn't contain any IP SANs", "relies on legacy Common Name", "x509: cannot validate"),
          "The name does not fit.", _FAILS, cause="san_mismatch"),
-    Rule("other-tls", ("x509: ", "remote error: tls: "), "The certificate does not verify.", _FAILS, cause="root_cert_mismatch"),
+    Rule("other-tls", ("x509: ", "remote error: tls: "), "The certificate does not verify.", _FAILS,
+         cause="root_cert_mismatch"),
     Rule("service-account-gone", ("serviceaccount",), "The account is gone.", _FAILS,
          r"serviceaccounts? \S+ not found", cause="service_account_missing"),
     Rule("unknown-cluster", ("kube client", "cluster"), "The cluster is unknown to istiod.", _FAILS,
@@ -588,15 +619,15 @@ RULES: tuple[Rule, ...] = (
                             "loopyWriter"),
          "istiod ends each stream after half an hour or so.", _PROVES,
          rf"{_CLOSED}(?:0,|1,|13,|14, (?!.*(?:dial|connect error|no healthy)).*(?:closing|EOF|goaway|NO_ERROR))"
-         r"|terminated with.*(?:transport is closing|EOF|goaway|NO_ERROR|code = Canceled|max_age|stream ID \d+; NO_ERROR)"
+         r"|terminated with.*(?:transport is closing|EOF|goaway|NO_ERROR|code = Canceled|max_age)"
          r"|^disconnected from|loopyWriter", proves=frozenset({Aspect.CONNECTION, Aspect.ADMISSION})),
     Rule("sds-closed", ("StreamSecrets",), "The agent's own SDS stream closed.", Effect.DISTURBS,
          rf"StreamSecrets {_CLOSED}14", cause="sds_timeout", about=Aspect.READINESS),
     Rule("not-yet-open", ("closed", "Unable to establish new stream"), "Envoy was quicker than the agent.",
          Effect.DISTURBS, rf"{_CLOSED}14, (?:no healthy upstream|upstream connect error|$|\s)",
          cause="istiod_unreachable", about=Aspect.CONNECTION),
-    Rule("dial", ("Error while dialing", "dial tcp", "connection refused", "no route to host", "network is unreachable",
-                  "server preface", "first record does not look like", "authentication handshake failed",
+    Rule("dial", ("Error while dialing", "dial tcp", "connection refused", "no route to host",
+                  "network is unreachable", "server preface", "first record does not look like", "authentication handshake failed",
                   "code = DeadlineExceeded", "context deadline exceeded", "i/o timeout", "retrial timed out"),
          "istiod does not answer.", _FAILS, cause="istiod_unreachable"),
     Rule("stream-broke", ("terminated with unexpected error", "closed"), "The stream broke.", Effect.DISTURBS,
@@ -614,7 +645,8 @@ RULES: tuple[Rule, ...] = (
     Rule("start-failed", ("failed to start", "failed to initialize envoy agent", "failed to generate bootstrap",
                           "failed generating", "Agent start up error", "Failed to start in-process SDS",
                           "invalid options:", "not registered", "failed to create credential fetcher",
-                          "Invalid proxy Type", "Invalid role Type", "invalid proxy Type", "Failed to generate bootstrap"),
+                          "Invalid proxy Type", "Invalid role Type", "invalid proxy Type",
+                          "Failed to generate bootstrap"),
          "pilot-agent ends while it starts.", _FAILS, cause="agent_crashed", about=Aspect.AGENT, streams=_FILES),
 )  # fmt: skip
 

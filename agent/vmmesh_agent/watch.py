@@ -4,26 +4,31 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
 
+from vmmesh_agent import report, x509
 from vmmesh_agent.diagnosis import Diagnosis
+from vmmesh_agent.errors import AgentError
 from vmmesh_agent.health import Condition, Health, Severity, State
 from vmmesh_agent.host import Host, LogFile
 from vmmesh_agent.records import Stream
+from vmmesh_agent.report import Known, Report
 from vmmesh_agent.units import ISTIO, Units, UnitState
 
 LOGS = {
     Stream.LOG: PurePosixPath("/var/log/istio/istio.log"),
     Stream.ERR: PurePosixPath("/var/log/istio/istio.err.log"),
 }
+_CERT_CHAIN = PurePosixPath("/etc/certs/cert-chain.pem")
 _TAIL = 8 * 1024**2  # bytes of an existing log that are read back to find the run's start
 _CURSOR = "-- cursor: "
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """The sidecar at one moment."""
+    """The sidecar at one moment. `certificate_not_after` is of its own certificate, None where none can be read."""
 
     health: Health
     unit: UnitState
+    certificate_not_after: datetime | None
 
 
 class Watch:
@@ -62,7 +67,7 @@ class Watch:
             # What goes wrong before the logs are opened (iptables, sudo) is told to the journal alone.
             self._read_journal()
         self._restarts = unit.restarts
-        return Observation(self._health(unit, now), unit)
+        return Observation(self._health(unit, now), unit, self._certificate_end())
 
     def close(self) -> None:
         for file in self._files.values():
@@ -83,6 +88,14 @@ class Watch:
         if self._known and self._known[0] == unit.invocation:
             return self._known[1]
         return Health(State.STARTING) if self._is_new_run else Health(State.UNKNOWN, "none", (_SILENT,))
+
+    def _certificate_end(self) -> datetime | None:
+        """Only root and istio-proxy may read the sidecar's certificate."""
+        try:
+            content = self._host.read(_CERT_CHAIN)
+            return x509.read_pem(content.decode())[0].not_after if content else None
+        except (AgentError, x509.CertificateError, UnicodeDecodeError):
+            return None
 
     def _read_journal(self) -> None:
         """Read what the journal has of the unit since the last time."""
@@ -120,3 +133,24 @@ _NO_SYSTEMD = Condition(
     "systemd does not say how istio.service is.",
     "See what this prints: systemctl status istio",
 )
+
+
+def describe(
+    observation: Observation,
+    *,
+    known: Known | None,
+    before: Report | None,
+    trouble: AgentError | None,
+    moment: datetime,
+    by_daemon: bool,
+) -> Report:
+    """Put together what is known of this VM; `before` is the last record, which fills in what was known earlier."""
+    health = report.with_trouble(observation.health, trouble, moment)
+    return Report(
+        health=report.keeping_since(health, before.health if before else None, moment),
+        unit=observation.unit,
+        updated_at=moment,
+        known=known or (before.known if before else Known()),
+        certificate_not_after=observation.certificate_not_after or (before.certificate_not_after if before else None),
+        by_daemon=by_daemon,
+    )

@@ -64,6 +64,13 @@ def read_der(der: bytes) -> Certificate:
         store.load_verify_locations(cadata=der)
     except ssl.SSLError as error:
         raise CertificateError(error.reason or "not a certificate") from None
+    try:
+        return _read_fields(der, is_ca=store.cert_store_stats()["x509_ca"] == 1)
+    except (ValueError, IndexError) as error:
+        raise CertificateError(f"its fields are not those of a certificate: {error}") from None
+
+
+def _read_fields(der: bytes, *, is_ca: bool) -> Certificate:
     fields = _children(der, *_content(der, *_content(der, 0)))
     if der[fields[0][0]] == _VERSION_0:
         del fields[0]
@@ -74,7 +81,7 @@ def read_der(der: bytes) -> Certificate:
         not_before=_time(der, not_before[0]),
         not_after=_time(der, not_after[0]),
         pin="sha256:" + hashlib.sha256(der[public_key[0] : public_key[1]]).hexdigest(),
-        is_ca=store.cert_store_stats()["x509_ca"] == 1,
+        is_ca=is_ca,
     )
 
 
@@ -103,4 +110,5 @@ def _time(der: bytes, start: int) -> datetime:
     text = der[begin:end].decode("ascii")
     if der[start] == _UTC_TIME:  # two digits of the year: 50 and above are the last century's
         text = ("19" if int(text[:2]) >= 50 else "20") + text
-    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
+    year, *rest = int(text[:4]), *(int(text[place : place + 2]) for place in range(4, 14, 2))
+    return datetime(year, *rest, tzinfo=UTC)  # DER: always with seconds, always Zulu

@@ -68,6 +68,7 @@ class Endpoint:
                 Refusal: _refused,
                 HTTPException: _refused_by_router,
                 ConfigurationError: _misconfigured,
+                PermissionError: _misconfigured,
                 500: _failed,
             },
         )

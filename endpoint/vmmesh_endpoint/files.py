@@ -40,8 +40,13 @@ def locked(path: Path) -> Iterator[None]:
 
     The lock is a file beside it, because `path` itself is replaced and a lock on it would go with the old one.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path.with_name(f"{path.name}.lock"), flags, 0o600)
+    lock = path.with_name(f"{path.name}.lock")
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        _give_to_owner_of(path.parent, descriptor)
+    except FileExistsError:
+        descriptor = os.open(lock, flags)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -56,6 +61,7 @@ def write(path: Path, content: bytes, mode: int = 0o600) -> None:
     descriptor = os.open(temporary, flags, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            _give_to_owner_of(path.parent, descriptor)
             os.fchmod(descriptor, mode)
             file.write(content)
             file.flush()
@@ -69,6 +75,16 @@ def write(path: Path, content: bytes, mode: int = 0o600) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _give_to_owner_of(directory: Path, descriptor: int) -> None:
+    """Let the server's user keep the use of its directory when root runs a command on it.
+
+    For files that were created exclusively only: another's could be a link to something of root's.
+    """
+    if os.geteuid() == 0:
+        owner = directory.stat()
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def fingerprint(path: Path) -> Fingerprint | None:

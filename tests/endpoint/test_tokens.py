@@ -1,6 +1,7 @@
 """Join tokens and shared secrets: made, used, used up, expired, revoked, and all of it at the same time."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -103,6 +104,18 @@ def test_the_token_alone_is_printed_and_only_its_digest_is_kept(setup: Setup) ->
     assert "rack 7" in listing.stdout
     for text in (kept.read_text(), listing.stdout, listing.stderr, made.stderr):
         assert secret not in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_what_root_writes_into_the_directory_of_another_user_is_that_users(setup: Setup) -> None:
+    setup.state.mkdir(mode=0o700)
+    os.chown(setup.state, 65534, 65534)
+    setup.token()
+    written = {path.name: path.stat() for path in setup.state.iterdir()}
+    assert set(written) == {"credentials.json", "credentials.json.lock"}
+    assert {(status.st_uid, status.st_gid, status.st_mode & 0o777) for status in written.values()} == {
+        (65534, 65534, 0o600)
+    }
 
 
 def test_revoking_what_is_not_there_is_an_error(setup: Setup) -> None:

@@ -30,8 +30,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 from typing import Any, Self, cast
 
 import jwt
@@ -124,9 +125,10 @@ class Caller:
     certificate_identity: str
 
 
-class Istiod(ThreadingHTTPServer):
-    """The server; `serve_forever` until `shutdown`."""
+class Istiod(ThreadingTCPServer):
+    """The server; `serve_forever` until `shutdown`. (HTTPServer would ask DNS for this machine's name.)"""
 
+    allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 128
 
@@ -263,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(
             {
                 "clusters": list(_clusters()),
-                "listeners": list(_listeners(behaviour)),
+                "listeners": list(_listeners(behaviour, dual_stack="DUAL_STACK" in node["metadata"])),
                 "names": dict(behaviour.names),
             }
         )
@@ -373,13 +375,17 @@ def _clusters() -> Iterator[dict[str, Any]]:
     common = {"type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "connect_timeout": "10s"}
     yield {"name": "PassthroughCluster", **common}
     # The source address tells traffic that came in through the sidecar from all else (iptables skips it).
-    bind = {"source_address": {"address": "127.0.0.6", "port_value": 0}}
+    bind = {
+        "source_address": {"address": "127.0.0.6", "port_value": 0},
+        "extra_source_addresses": [{"address": {"address": "::6", "port_value": 0}}],
+    }
     yield {"name": "InboundPassthroughCluster", **common, "upstream_bind_config": bind}
     yield {"name": "BlackHoleCluster", "type": "STATIC", "connect_timeout": "10s"}
 
 
-def _listeners(behaviour: Behaviour) -> Iterator[dict[str, Any]]:
-    yield _listener("virtualOutbound", behaviour.outbound_port, "PassthroughCluster", behaviour, [])
+def _listeners(behaviour: Behaviour, *, dual_stack: bool) -> Iterator[dict[str, Any]]:
+    hosts = ("0.0.0.0", "::") if dual_stack else ("0.0.0.0",)
+    yield _listener("virtualOutbound", hosts, behaviour.outbound_port, "PassthroughCluster", behaviour)
     mutual_tls = {
         "name": "virtualInbound-tls",
         "filter_chain_match": {
@@ -401,7 +407,7 @@ def _listeners(behaviour: Behaviour) -> Iterator[dict[str, Any]]:
         },
     }
     port, cluster = behaviour.inbound_port, "InboundPassthroughCluster"
-    yield _listener("virtualInbound", port, cluster, behaviour, [mutual_tls])
+    yield _listener("virtualInbound", hosts, port, cluster, behaviour, chains=[mutual_tls])
     if behaviour.reject_config:
         yield {
             "name": "0.0.0.0_8443",
@@ -422,7 +428,16 @@ SDS = {
 }
 
 
-def _listener(name: str, port: int, cluster: str, behaviour: Behaviour, chains: list[dict[str, Any]]) -> dict[str, Any]:
+def _listener(
+    name: str,
+    hosts: Sequence[str],
+    port: int,
+    cluster: str,
+    behaviour: Behaviour,
+    *,
+    chains: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    addresses = [{"socket_address": {"address": host, "port_value": port}} for host in hosts]
     # A connection to the listener's own port would be proxied to itself without end.
     own_port = {
         "name": f"{name}-blackhole",
@@ -439,7 +454,8 @@ def _listener(name: str, port: int, cluster: str, behaviour: Behaviour, chains: 
     }
     return {
         "name": name,
-        "address": {"socket_address": {"address": "0.0.0.0", "port_value": port}},
+        "address": addresses[0],
+        "additional_addresses": [{"address": address} for address in addresses[1:]],
         "listener_filters": [original, inspector] if chains else [original],
         "listener_filters_timeout": "0s",
         "continue_on_listener_filters_timeout": True,

@@ -1,9 +1,11 @@
+# ruff: noqa: E501 - a line of a log is one line
 """Whole stories of a sidecar, told in its own formats, and what an operator would say at the end of each."""
 
 import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
+
 from vmmesh_agent.diagnosis import Diagnosis
 from vmmesh_agent.health import Health, Severity, State
 from vmmesh_agent.records import Stream
@@ -522,7 +524,9 @@ def test_a_line_alone_is_judged_by_what_it_says(line: str, style: str) -> None:
 
 
 @pytest.mark.parametrize("line", LONE_LINES)
-@pytest.mark.parametrize("head", ["", "warn\t", "20XX-03-04T00:00:01.000000Z     warn    ", "xxxx-xx-xxTxx:xx:xx.xxxxxxZ\twarn\t"])
+@pytest.mark.parametrize(
+    "head", ["", "warn\t", "20XX-03-04T00:00:01.000000Z     warn    ", "xxxx-xx-xxTxx:xx:xx.xxxxxxZ\twarn\t"]
+)
 def test_a_line_whose_time_is_masked_or_gone_says_the_same(line: str, head: str) -> None:
     [(_, _, scope, message), *_] = expand(line)
     text = head + message if scope == "-" else f"{head}{scope}\t{message}" if head else message
@@ -654,7 +658,9 @@ STARTED = "systemd[1]: Started istio-sidecar: The Istio sidecar."
 EXITED = "systemd[1]: istio.service: Main process exited, code=exited, status={0}/FAILURE"
 RESULT = "systemd[1]: istio.service: Failed with result 'exit-code'."
 AGAIN = "systemd[1]: istio.service: Scheduled restart job, restart counter is at 3."
-RESTORE = "istio-start.sh[812]: 2025-03-04T00:00:02.1Z\tinfo\tRunning command: iptables-restore --noflush /tmp/rules.txt"
+RESTORE = (
+    "istio-start.sh[812]: 2025-03-04T00:00:02.1Z\tinfo\tRunning command: iptables-restore --noflush /tmp/rules.txt"
+)
 
 JOURNAL_STORIES: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "a start": (HEALTHY, (STARTED, "istio-start.sh[812]: iptables: No chain/target/match by that name.", RESTORE)),
@@ -682,6 +688,8 @@ JOURNAL_STORIES: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "the disk is full": (degraded("disk_full"), (STARTED, RESTORE, "istio-start.sh[812]: tee: /tmp/x: No space left on device")),
     "stopped": (STOPPED, (STARTED, RESTORE, "systemd[1]: Stopping istio-sidecar: The Istio sidecar...",
                           "systemd[1]: istio.service: Succeeded.", "systemd[1]: Stopped istio-sidecar: The Istio sidecar.")),
+    "stopped and started": (HEALTHY, (STARTED, RESTORE, "systemd[1]: Stopping istio-sidecar: The Istio sidecar...",
+                                      "systemd[1]: Stopped istio-sidecar: The Istio sidecar.", STARTED, RESTORE)),
     "being stopped": (degraded("stopping"), (STARTED, RESTORE, "systemd[1]: Stopping istio-sidecar: The Istio sidecar...")),
     "a failed start, then a good one": (HEALTHY, (STARTED, "istio-start.sh[7]: iptables-restore: line 5 failed", EXITED.format(1), RESULT, AGAIN,
                                                   "systemd[1]: Stopped istio-sidecar: The Istio sidecar.", STARTED, RESTORE)),
@@ -740,14 +748,16 @@ def test_a_prefix_before_the_time_is_passed_over() -> None:
 
 
 def test_a_line_of_megabytes_is_read_by_its_head() -> None:
-    assert verdict(as_text("1 warn - Envoy proxy is NOT ready: config not received from XDS server " + "x" * 3_000_000)) == failed(
-        "not_ready_no_config"
-    )
+    assert verdict(
+        as_text("1 warn - Envoy proxy is NOT ready: config not received from XDS server " + "x" * 3_000_000)
+    ) == failed("not_ready_no_config")
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_pieces_of_any_size_are_read_as_the_whole(size: int) -> None:
-    text = as_text(signing_fails(HANDSHAKE + ' x509: certificate signed by unknown authority"') + "\n30 traffic").encode()
+    text = as_text(
+        signing_fails(HANDSHAKE + ' x509: certificate signed by unknown authority"') + "\n30 traffic"
+    ).encode()
     diagnosis = Diagnosis()
     for at in range(0, len(text), size):
         diagnosis.feed(text[at : at + size], Stream.LOG)
@@ -764,7 +774,10 @@ def test_nothing_read_is_nothing_known() -> None:
 
 
 def test_a_broken_stream_is_a_blip_first_and_a_condition_when_it_lasts() -> None:
-    broke = SERVING + f"3600 warn xdsproxy upstream terminated with unexpected error {RPC} Unavailable desc = keepalive ping failed"
+    broke = (
+        SERVING
+        + f"3600 warn xdsproxy upstream terminated with unexpected error {RPC} Unavailable desc = keepalive ping failed"
+    )
     assert verdict(as_text(broke), now=3605) == HEALTHY
     assert verdict(as_text(broke), now=3700) == degraded("istiod_unreachable")
     assert verdict(as_text(broke + "\n3610 CONNECTED"), now=3700) == HEALTHY
@@ -805,6 +818,30 @@ def test_what_another_file_tells_of_an_older_run_is_not_of_this_one() -> None:
     diagnosis.read(as_text("500 START\n501 CERTIFICATE\n502 CONNECTED\n503 WORKING"), Stream.LOG)
     diagnosis.read(envoy(100, f"{STREAM_TO_ISTIOD}: 16, authentication failure"), Stream.ERR)
     assert diagnosis.health(MIDNIGHT + timedelta(seconds=510)) == Health(State.HEALTHY)
+
+
+def test_the_journal_of_a_start_read_after_its_log_does_not_reset_the_run() -> None:
+    diagnosis = Diagnosis()
+    diagnosis.read(as_text("10 START\n11 CERTIFICATE\n12 CONNECTED\n13 WORKING"), Stream.LOG)
+    diagnosis.read(f"2025-03-04T00:00:09+0000 db-1 {STARTED}", Stream.JOURNAL)
+    diagnosis.read("2025-03-04T00:00:09+0000 db-1 istio-start.sh[9]: iptables-restore --noflush /tmp/r", Stream.JOURNAL)
+    assert diagnosis.health(MIDNIGHT + timedelta(seconds=20)) == Health(State.HEALTHY)
+
+
+def test_the_start_script_does_not_speak_for_the_agent() -> None:
+    diagnosis = Diagnosis()
+    diagnosis.read(as_text("10 START"), Stream.LOG)
+    diagnosis.read(
+        "2025-03-04T00:00:11+0000 db-1 sudo[9]: session opened for user istio-proxy by (uid=0)", Stream.JOURNAL
+    )
+    assert diagnosis.health(MIDNIGHT + timedelta(seconds=12)).state is State.STARTING
+
+
+def test_the_end_of_a_run_that_only_the_journal_tells() -> None:
+    diagnosis = Diagnosis()
+    diagnosis.read(as_text(SERVING), Stream.LOG)
+    diagnosis.read(f"2025-03-04T01:00:00+0000 db-1 {EXITED.format(255)}", Stream.JOURNAL)
+    assert diagnosis.health(MIDNIGHT + timedelta(seconds=3605)).cause == "agent_crashed"
 
 
 def test_judging_twice_changes_nothing() -> None:
