@@ -110,5 +110,6 @@ def _time(der: bytes, start: int) -> datetime:
     text = der[begin:end].decode("ascii")
     if der[start] == _UTC_TIME:  # two digits of the year: 50 and above are the last century's
         text = ("19" if int(text[:2]) >= 50 else "20") + text
-    year, *rest = int(text[:4]), *(int(text[place : place + 2]) for place in range(4, 14, 2))
-    return datetime(year, *rest, tzinfo=UTC)  # DER: always with seconds, always Zulu
+    year, month, day = int(text[:4]), int(text[4:6]), int(text[6:8])
+    # DER has always the seconds, and always Zulu.
+    return datetime(year, month, day, int(text[8:10]), int(text[10:12]), int(text[12:14]), tzinfo=UTC)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -12,13 +13,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from lab.cluster import Cluster, Files, Release, now
+from lab.cluster import Cluster, Files, Release, now, private_pem
 from standins import packages
 from standins.istiod import Behaviour
 
@@ -426,3 +428,49 @@ def test_names_of_the_mesh_are_answered_by_the_sidecar(machine: Machine) -> None
         answer = client.recv(512)
     assert answer[:2] == question[:2]
     assert answer.endswith(socket.inet_aton("240.240.0.1"))
+
+
+def place_own_certificate(machine: Machine, issuer: Cluster, *, not_after: datetime) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    chain = issuer.workload_certificate(key.public_key(), not_before=now() - timedelta(days=1), not_after=not_after)
+    certs = machine.root / "etc/certs"
+    (certs / "cert-chain.pem").write_bytes(chain + issuer.root_pem)
+    (certs / "key.pem").write_bytes(private_pem(key))
+
+
+def test_an_expired_certificate_of_its_own_is_replaced_with_the_token(machine: Machine, cluster: Cluster) -> None:
+    place_own_certificate(machine, cluster, not_after=now() - timedelta(minutes=1))
+    machine.start()
+    machine.wait_for("cert expired, using token instead")
+    machine.wait_for("generated new workload certificate")
+
+
+def test_a_certificate_of_its_own_from_another_mesh_is_refused(machine: Machine) -> None:
+    place_own_certificate(machine, Cluster.create(), not_after=now() + timedelta(hours=1))
+    machine.start()
+    machine.wait_for('desc = "error reading server preface: remote error: tls: unknown certificate authority"')
+
+
+def test_a_proxy_folder_that_cannot_be_written_ends_the_agent(machine: Machine) -> None:
+    (machine.root / "etc/istio/proxy").mkdir(parents=True)
+    (machine.root / "etc/istio/proxy/XDS").mkdir()  # root may write anywhere, but not over a directory
+    machine.start()
+    assert machine.ended() == 255
+    assert (
+        '\terror\tfailed to start xds proxy: failed to listen on unix socket "./etc/istio/proxy/XDS"' in machine.log()
+    )
+
+
+def test_both_logs_of_a_joined_machine_have_the_columns_of_the_real_ones(machine: Machine) -> None:
+    machine.control_plane.behave(machine.behaviour(reject_config=True))
+    machine.start()
+    machine.wait_for("rejected", "istio.err.log")
+    moment = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
+    lines = [line for line in machine.log().splitlines() if re.match(moment, line)]
+    assert all(re.fullmatch(rf"{moment}\t(info|warn|error|fatal)\t.+", line) for line in lines)
+    entries = [line for line in machine.log("istio.err.log").splitlines() if "rejected" in line]
+    columns = 4 if machine.behaves_as == "1.12" else 5
+    assert entries[0].split("\t")[1] == "warning"
+    assert entries[0].split("\t")[2].startswith("envoy config")
+    assert machine.behaves_as == "1.12" or "thread=" in machine.log("istio.err.log")
+    assert len(entries[0].split("\t")) in (columns, columns - 1)  # what Envoy says may go on in the next line
