@@ -234,10 +234,10 @@ class Diagnosis:
         return at_end and not young
 
     def _token_may_be_needless(self, failure: _Failure, moment: datetime | None) -> bool:
+        """Tell whether a certificate may do without the token: nobody has refused it so far."""
         run = self._run
-        return (
-            run.is_young(moment) and (failure.lasted(moment) or _NO_TIME) < _LASTING and not run.fails_at(*_EXCLUSIVE)
-        )
+        just_looked = run.is_young(moment) and (failure.lasted(moment) or _NO_TIME) < _LASTING
+        return (just_looked or run.connected) and not run.fails_at(*_EXCLUSIVE)
 
     # --- taking in ----------------------------------------------------------
 

@@ -236,6 +236,8 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
         judged = install.judge(world.host, source, path, world.config.sidecar)
         _stop(world)
         install.apply(world.host, source, path, judged)
+        if world.host.is_running:
+            world.units.reload()
         step.says(f"{judged.name} {judged.version}")
         return judged.version, [f"{judged.name} {judged.version}"]
 

@@ -54,6 +54,10 @@ class Units:
     def enable(self, unit: str) -> None:
         self._host.run(["systemctl", *self._root, "enable", unit], timeout=_SECONDS)
 
+    def reload(self) -> None:
+        """Let systemd read the unit files anew, after a package changed them."""
+        self._host.run(["systemctl", "daemon-reload"], timeout=_SECONDS)
+
     def start(self, unit: str) -> None:
         self._host.run(["systemctl", "start", unit], timeout=_SECONDS)
 

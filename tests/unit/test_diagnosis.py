@@ -192,6 +192,11 @@ STORIES: dict[str, tuple[tuple[str, str], str]] = {
         "0 START 1.20\n0.4 warn - failed to fetch token from file: open ./var/run/secrets/tokens/istio-token: no such file "
         "or directory\n1 CERTIFICATE\n1.1 CONNECTED\n1.2 WORKING",
     ),
+    "a token that is not needed at each reconnect": (
+        HEALTHY,
+        SERVING + "1800 warn - failed to fetch token from file: open ./var/run/secrets/tokens/istio-token: no such file or "
+        "directory\n1800.1 CONNECTED",
+    ),
     "an own certificate that had expired, and a token that worked": (
         HEALTHY, "0 START 1.20\n0.4 warn - cert expired, using token instead\n1 CERTIFICATE\n1.1 CONNECTED\n1.2 WORKING",
     ),
