@@ -15,6 +15,7 @@ from typing import Any
 
 from vmmesh_agent import strict
 from vmmesh_agent.errors import AgentError
+from vmmesh_agent.strict import shown
 
 MEDIA_TYPE = "application/vnd.vmmesh.bundle.v1+json"
 VERSION = 1
@@ -144,7 +145,9 @@ def _from_document(data: bytes) -> Bundle:
     if document.get("kind") == "Secret":
         return Bundle(files=dict(_secret_files(document)))
     if "kind" in document:
-        raise _unreadable("bundle-unknown-format", f"it is a Kubernetes {document['kind']!r}; only a Secret is known")
+        raise _unreadable(
+            "bundle-unknown-format", f"it is a Kubernetes {shown(document['kind'])}; only a Secret is known"
+        )
     return from_json(document)
 
 
@@ -154,7 +157,7 @@ def from_json(document: Mapping[str, Any]) -> Bundle:
     if version != VERSION or isinstance(version, bool):
         raise _unreadable(
             "bundle-unknown-version",
-            f"its version is {version!r}; this agent knows {VERSION}",
+            f"its version is {shown(version)}; this agent knows {VERSION}",
             hint="update the agent, or let the endpoint serve version 1",
         )
     files = _mapping(document, "files")
@@ -248,12 +251,14 @@ def _tar_files(data: bytes) -> Iterator[tuple[str, bytes]]:
             for entry in archive:
                 parts = [part for part in entry.name.split("/") if part not in {"", "."}]
                 if entry.name.startswith("/") or ".." in parts:
-                    raise _unreadable("bundle-hostile-archive", f"its entry {entry.name!r} leads out of the archive")
+                    raise _unreadable(
+                        "bundle-hostile-archive", f"its entry {shown(entry.name)} leads out of the archive"
+                    )
                 if entry.isdir():
                     continue
                 if not entry.isreg():
                     kind = "a link" if entry.issym() or entry.islnk() else "a device or pipe"
-                    raise _unreadable("bundle-hostile-archive", f"its entry {entry.name!r} is {kind}, not a file")
+                    raise _unreadable("bundle-hostile-archive", f"its entry {shown(entry.name)} is {kind}, not a file")
                 if not parts or parts[-1] not in FILES or len(parts) > 2:
                     continue
                 name = parts[-1]

@@ -12,6 +12,8 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping
 
+from vmmesh_agent.strict import shown
+
 # Names are those of environment variables; what istioctl writes is upper case, proxyMetadata may be anything.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -20,12 +22,13 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PIECE = re.compile(r"""'([^']*)'|"([^"$`\\]*)"|([A-Za-z0-9_@%+=:,./\[\]{}*?-]+)""")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
+# Some of bash's own variables are integers: merely assigning them evaluates `a[$(command)]`.
 _SHELL = """
-    BASHOPTS BASH_ENV CDPATH COLUMNS DIRSTACK EDITOR EMACS ENV EUID EXECIGNORE FCEDIT FIGNORE FUNCNEST FUNCNAME
-    GLOBIGNORE GROUPS HISTFILE HOME HOSTFILE HOSTNAME HOSTTYPE IFS IGNOREEOF INPUTRC INSIDE_EMACS LANG LANGUAGE
-    LINES LOGNAME MACHTYPE MAIL MAILCHECK MAILPATH NS OLDPWD OPTARG OPTERR OPTIND OSTYPE PAGER PATH PIPESTATUS
-    POSIXLY_CORRECT PPID PROMPT_COMMAND PROMPT_DIRTRIM PS0 PS1 PS2 PS3 PS4 PWD RANDOM REPLY SECONDS SHELL
-    SHELLOPTS SHLVL SVC TERM TIMEFORMAT TMOUT TMPDIR TZ TZDIR UID USER VISUAL auto_resume histchars
+    _ AUTO_RESUME CDPATH COLUMNS COPROC DIRSTACK EDITOR EMACS ENV EUID EXECIGNORE FCEDIT FIGNORE FUNCNEST FUNCNAME
+    GLOBIGNORE GLOBSORT GROUPS HOME HOSTFILE HOSTNAME HOSTTYPE IFS IGNOREEOF INPUTRC INSIDE_EMACS LANG LANGUAGE
+    LINENO LINES LOGNAME MACHTYPE MAIL MAILCHECK MAILPATH MAPFILE NS OLDPWD OPTARG OPTERR OPTIND OSTYPE PAGER PATH
+    PIPESTATUS POSIXLY_CORRECT PPID PROMPT_COMMAND PROMPT_DIRTRIM PS0 PS1 PS2 PS3 PS4 PWD RANDOM REPLY SECONDS
+    SHELL SHELLOPTS SHLVL SRANDOM SVC TERM TIMEFORMAT TMOUT TMPDIR TZ TZDIR UID USER VISUAL
 """.split()
 _LOADER = """
     GCONV_PATH GETCONF_DIR GLIBC_TUNABLES HOSTALIASES LOCALDOMAIN LOCPATH MALLOC_TRACE NIS_PATH NLSPATH
@@ -41,17 +44,8 @@ _START_SCRIPT = """
     ISTIO_CUSTOM_IP_TABLES ISTIO_LOG_DIR ISTIO_SIDECAR_CONFIG ENVOY_USER PROXY_GID PROXY_UID currentLimit
 """.split()
 _REFUSED = {name.casefold() for name in (*_SHELL, *_LOADER, *_RUNTIME, *_START_SCRIPT)}
-_REFUSED_PREFIXES = (
-    "ld_",
-    "bash_",
-    "bash_func_",
-    "lc_",
-    "sudo_",
-    "python",
-    "perl",
-    "xtables_",
-    "malloc_",
-    "dyld_",
+_REFUSED_PREFIXES = tuple(
+    "bash child_max comp_ compreply dyld_ epoch hist ld_ lc_ malloc_ perl python readline_ sudo_ xtables_".split()
 )
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -99,14 +93,14 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
 def _assignment(line: str) -> tuple[str, str]:
     name, equals, rest = line.partition("=")
     if not equals or not _NAME.fullmatch(name):
-        raise ClusterEnvError(f"expected KEY='value', found {_shown(line)}")
+        raise ClusterEnvError(f"expected KEY='value', found {shown(line)}")
     value = ""
     position = 0
     while position < len(rest):
         piece = _PIECE.match(rest, position)
         if not piece:
             raise ClusterEnvError(
-                f"the value of {name} is not plain text in quotes: {_shown(rest[position:])} would mean something"
+                f"the value of {name} is not plain text in quotes: {shown(rest[position:])} would mean something"
                 " to a shell, or its quote is never closed"
             )
         value += next(part for part in piece.groups() if part is not None)
@@ -127,11 +121,7 @@ def _judge(name: str, value: str) -> None:
     if rule:
         allowed, accepts = rule
         if not accepts(value):
-            raise ClusterEnvError(f"{name} must be {allowed}, found {_shown(value)}")
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:59] + "…")
+            raise ClusterEnvError(f"{name} must be {allowed}, found {shown(value)}")
 
 
 def _is_address(value: str) -> bool:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from vmmesh_agent import strict
 from vmmesh_agent.bundle import Workload
 from vmmesh_agent.errors import ConfigurationError
+from vmmesh_agent.strict import shown
 
 FILE = PurePosixPath("/etc/vmmesh-agent/config.yaml")
 FOLDER = PurePosixPath("/etc/vmmesh-agent/config.d")
@@ -73,7 +74,11 @@ class Config:
 
 
 class _WrongError(ValueError):
-    """What is allowed instead."""
+    """What is allowed instead. What was found is not shown where it `is_secret`."""
+
+    def __init__(self, allowed: str, *, is_secret: bool = False) -> None:
+        super().__init__(allowed)
+        self.is_secret = is_secret
 
 
 def _text(value: Any) -> str:
@@ -82,17 +87,27 @@ def _text(value: Any) -> str:
     return value
 
 
+def _url(value: Any) -> SplitResult:
+    """Take an address apart; urlsplit itself looks at the host and the port only when asked."""
+    try:
+        url = urlsplit(_text(value))
+        _ = url.hostname, url.port
+    except ValueError:
+        raise _WrongError("an address with a sound host and port") from None
+    return url
+
+
 def _endpoint_url(value: Any) -> str:
-    url = urlsplit(_text(value))
+    url = _url(value)
+    if url.username or url.password:
+        raise _WrongError("an address without a password in it (use endpoint.credential)", is_secret=True)
     if url.scheme == "http":
-        raise _WrongError("https:// or file://; plain http would show the token to the network")
+        raise _WrongError("https:// or file:// (plain http would show the token to the network)")
     if url.scheme == "file":
         if url.netloc or not url.path.startswith("/"):
             raise _WrongError("file:/// and an absolute path")
     elif url.scheme != "https" or not url.hostname:
         raise _WrongError("https://host[:port]/path or file:///path")
-    if url.username or url.password:
-        raise _WrongError("an address without a password in it; use endpoint.credential")
     return str(value)
 
 
@@ -124,7 +139,7 @@ def _command(value: Any) -> tuple[str, ...]:
 
 def _package(value: Any) -> str:
     text = _text(value)
-    if text.startswith("/") or (urlsplit(text).scheme == "https" and urlsplit(text).hostname):
+    if text.startswith("/") or (_url(text).scheme == "https" and _url(text).hostname):
         return text
     raise _WrongError("https://…, or the absolute path of a file or folder")
 
@@ -208,15 +223,20 @@ def parse(documents: Iterable[tuple[PurePosixPath, bytes]]) -> Config:
 def _leaves(document: Any, prefix: str, path: PurePosixPath, mistakes: list[str]) -> Iterable[tuple[str, Any]]:
     """Yield each known key with its checked value; note what is unknown or wrong."""
     if not isinstance(document, dict):
-        mistakes.append(f"{path}: {prefix or 'the file'}: expected keys and values, found {_shown(document)}")
+        mistakes.append(f"{path}: {prefix or 'the file'}: expected keys and values, found {shown(document)}")
         return
     for name, value in document.items():
         key = f"{prefix}.{name}" if prefix else str(name)
-        if key in SETTINGS:
+        if "." in str(name):
+            mistakes.append(f"{path}: {key}: unknown key; write one level a line")
+        elif key in SETTINGS:
             try:
                 yield key, SETTINGS[key](value)
             except _WrongError as error:
-                mistakes.append(f"{path}: {key}: expected {error}, found {_shown(value)}")
+                # A token where the name of its file belongs must not end up in a log.
+                is_secret = error.is_secret or key.startswith("endpoint.credential.")
+                found = "" if is_secret else f", found {shown(value)}"
+                mistakes.append(f"{path}: {key}: expected {error}{found}")
         elif key in _SECTIONS:
             yield from _leaves(value, key, path, mistakes)
         else:
@@ -272,8 +292,3 @@ def _config(settings: Mapping[str, Any]) -> Config:
         sidecar=SidecarSettings(**section("sidecar.")),
         **{key: value for key, value in settings.items() if "." not in key},
     )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"

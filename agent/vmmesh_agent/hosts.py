@@ -42,6 +42,8 @@ def parse(text: str) -> tuple[tuple[HostsLine, ...], list[str]]:
         address, names = words[0], words[1:]
         try:
             parsed = ipaddress.ip_address(address)
+            if "%" in address:  # a zone: it is this link's alone, and may be any text
+                raise ValueError
         except ValueError:
             problems.append(f"line {number}: {address[:60]!r} is not an address")
             continue

@@ -14,6 +14,10 @@ import yaml
 _SafeLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+_MAX_SHOWN = 80  # characters
+_MAX_DEPTH = 100  # levels; what is written by people or by Kubernetes has ten
+
+
 class MalformedError(ValueError):
     """The text is not what it says it is; the message names the place."""
 
@@ -35,8 +39,9 @@ class _StrictLoader(_SafeLoader):  # type: ignore[misc, valid-type]  # the base 
 
 
 def load_yaml(text: str) -> Any:
-    """Load one YAML document without tags, twice-given keys or bottomless nesting."""
+    """Load one YAML document without tags, aliases, twice-given keys or bottomless nesting."""
     try:
+        _refuse_bombs(text)
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  # derived from the safe loader
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
@@ -49,6 +54,24 @@ def load_yaml(text: str) -> Any:
         raise error if isinstance(error, MalformedError) else MalformedError(str(error)) from None
 
 
+def _refuse_bombs(text: str) -> None:
+    """Look at the events before anything is built of them.
+
+    libyaml's builder overflows the stack of the process at some ten thousand levels, and a few aliases make a small
+    text a huge document as soon as somebody prints it. What istioctl and people write here has neither.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise MalformedError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not accepted")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            raise MalformedError("it is nested too deeply")
+
+
 def load_json(text: str | bytes) -> Any:
     """Load one JSON document without twice-given keys or bottomless nesting."""
     try:
@@ -59,6 +82,8 @@ def load_json(text: str | bytes) -> Any:
         raise MalformedError("it is not UTF-8 text") from None
     except RecursionError:
         raise MalformedError("it is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise error if isinstance(error, MalformedError) else MalformedError(str(error)) from None
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,3 +93,9 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise MalformedError(f"the key {twice!r} stands there twice")
     return mapping
+
+
+def shown(value: object) -> str:
+    """Make a stranger's value fit for a message: escaped, on one line, short."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"

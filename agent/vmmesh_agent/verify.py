@@ -17,6 +17,7 @@ from vmmesh_agent import bundle as bundles
 from vmmesh_agent import clusterenv, hosts, strict, x509
 from vmmesh_agent.bundle import Bundle, BundleRefusedError, Package, Problem, Sidecar, Workload
 from vmmesh_agent.secret import Secret
+from vmmesh_agent.strict import shown
 
 AUDIENCE = "istio-ca"
 DEFAULT_DISCOVERY = "istiod.istio-system.svc:15012"  # the ProxyConfig's own default
@@ -206,7 +207,7 @@ def _token(text: str, moment: datetime, findings: _Findings) -> _Token:
         findings.refuse(
             "token-wrong-audience",
             bundles.TOKEN,
-            f"its audience is {_shown(audiences)}, not {AUDIENCE!r}",
+            f"its audience is {shown(audiences)}, not {AUDIENCE!r}",
             f"request it for the audience {AUDIENCE}, as istioctl x workload entry configure does",
         )
     expires_at = _claimed_time(claims, "exp")
@@ -270,14 +271,14 @@ def _token_is_for(token: _Token, workload: Workload, variables: Mapping[str, str
         findings.refuse(
             "token-wrong-namespace",
             bundles.TOKEN,
-            f"it is for namespace {_shown(token.namespace)}, cluster.env for {workload.namespace!r}",
+            f"it is for namespace {shown(token.namespace)}, cluster.env for {workload.namespace!r}",
         )
     account = variables.get("SERVICE_ACCOUNT", "")
     if token.service_account and account and token.service_account != account:
         findings.refuse(
             "token-wrong-service-account",
             bundles.TOKEN,
-            f"it is for service account {_shown(token.service_account)}, cluster.env for {account!r}",
+            f"it is for service account {shown(token.service_account)}, cluster.env for {account!r}",
         )
 
 
@@ -332,7 +333,7 @@ def _discovery(text: str) -> str:
     discovery = config.get("discoveryAddress", DEFAULT_DISCOVERY)
     match = _ADDRESS.fullmatch(discovery) if isinstance(discovery, str) else None
     if not match or not 0 < int(match[2]) < 65536:
-        raise _RefusedError("mesh-malformed", f"its discoveryAddress {_shown(discovery)} is not host:port")
+        raise _RefusedError("mesh-malformed", f"its discoveryAddress {shown(discovery)} is not host:port")
     return str(discovery)
 
 
@@ -403,15 +404,10 @@ def _is_address(text: str) -> bool:
 
 def _package(package: Package, findings: _Findings) -> None:
     if not _SHA256.fullmatch(package.sha256):
-        findings.refuse("package-without-digest", "", f"the package {_shown(package.url)} has no SHA-256 digest")
+        findings.refuse("package-without-digest", "", f"the package {shown(package.url)} has no SHA-256 digest")
     if urlsplit(package.url).scheme != "https":
-        findings.refuse("package-not-https", "", f"the package's address {_shown(package.url)} is not https://")
+        findings.refuse("package-not-https", "", f"the package's address {shown(package.url)} is not https://")
 
 
 def _utc(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"

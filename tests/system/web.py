@@ -66,6 +66,7 @@ class Files(Listener):
     def __init__(self, certificate: bytes, key: bytes, *, network: Network, run: Run) -> None:
         """`certificate` is the chain that is shown (PEM), the leaf first; `key` is the leaf's."""
         super().__init__("files", FILES_PORT, network=network, run=run)
+        self.certificate = certificate
         self._identity = self.folder / "identity.pem"
         self._identity.write_bytes(key + certificate)
         self._published = self.folder / "published"

@@ -420,6 +420,10 @@ STORIES: dict[str, tuple[tuple[str, str], str]] = {
         "0 START\n0.5 error - Error listening on status port: listen tcp :15020: bind: address already in use\n1 CERTIFICATE\n1.1 DELTA\n1.2 WORKING",
     ),
     "the disk is full at the start": (
+        failed("disk_full"),
+        "0 START\n1 error - failed to generate bootstrap config: write etc/istio/proxy/envoy-rev.json: no space left on device",
+    ),
+    "the disk is full at the rotation": (
         degraded("disk_full"), SERVING + "43200 error cache error when output the resource: failed to write data to file key.pem: "
         "write etc/certs/key.pem: no space left on device",
     ),

@@ -88,7 +88,8 @@ SAMPLES: dict[str, tuple[str, ...]] = {
         "failure threshold hit, marking as unhealthy: status code was not from [200,400), bad code 503",
     ),
     "log-disk-full": ("err:2025-03-04 00:10:44.11 +0000 UTC m=+9.4 log write error: write /dev/stdout: no space left on device",),
-    "disk-full": ("failed to generate bootstrap config: write etc/istio/proxy/envoy-rev.json: no space left on device",),
+    "disk-full-start": ("failed to generate bootstrap config: write etc/istio/proxy/envoy-rev.json: no space left on device",),
+    "disk-full": ("error when output the resource: failed to write data to file key.pem: write x: no space left on device",),
     "descriptors-fatal": ("err:assert failure: SOCKET_VALID(x). Details: socket(2) failed, got error: Too many open files",),
     "descriptors": ("failed to accept downstream gRPC connection accept4: too many open files",),
     "journal-permission": ("journal:/bin/bash: line 1: ./var/log/istio/istio.log: Permission denied",),
@@ -120,6 +121,7 @@ SAMPLES: dict[str, tuple[str, ...]] = {
     "cluster-env": (
         "journal:/usr/local/bin/istio-start.sh: line 25: /var/lib/istio/envoy/cluster.env: line 3: syntax error near unexpected token `('",
     ),
+    "env-refused": ("failed to generate bootstrap config: failed generating node metadata: ISTIO_METAJSON_LABELS: unexpected end",),
     "env-json": ("Env variable ISTIO_METAJSON_LABELS [{a] failed json unmarshal: invalid character 'a'",),
     "iptables-cleaning": (
         "journal:iptables: No chain/target/match by that name.",
