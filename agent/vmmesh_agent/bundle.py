@@ -7,6 +7,7 @@ A form that cannot be read at all is refused here; what is missing or wrong insi
 import base64
 import binascii
 import io
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ TOKEN = "istio-token"  # noqa: S105  # a file's name
 CLUSTER_ENV = "cluster.env"
 MESH = "mesh.yaml"
 HOSTS = "hosts"
+_WORD = re.compile(r"[!-~]{1,2048}")
+
 FILES = (ROOT_CERT, TOKEN, CLUSTER_ENV, MESH, HOSTS)
 
 
@@ -170,16 +173,14 @@ def from_json(document: Mapping[str, Any]) -> Bundle:
 
 
 def _workload(document: Mapping[str, Any]) -> Workload:
-    return Workload(_text(document, "namespace", "workload."), _text(document, "name", "workload."))
+    return Workload(_word(document, "namespace", "workload."), _word(document, "name", "workload."))
 
 
 def _sidecar(document: Mapping[str, Any]) -> Sidecar:
     packages = document.get("packages", [])
     if not isinstance(packages, list) or not all(isinstance(package, dict) for package in packages):
         raise _unreadable("bundle-malformed", "its sidecar.packages must be a list of objects")
-    version = document.get("version", "")
-    if not isinstance(version, str):
-        raise _unreadable("bundle-malformed", "its sidecar.version must be text")
+    version = _word(document, "version", "sidecar.") if document.get("version") else ""
     return Sidecar(version, tuple(_package(package) for package in packages))
 
 
@@ -188,7 +189,7 @@ def _package(document: Mapping[str, Any]) -> Package:
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
         raise _unreadable("bundle-malformed", "a size in sidecar.packages must be a number of bytes")
     format_, arch, url, sha256 = (
-        _text(document, key, "sidecar.packages.") for key in ("format", "arch", "url", "sha256")
+        _word(document, key, "sidecar.packages.") for key in ("format", "arch", "url", "sha256")
     )
     return Package(format_, arch, url, sha256.removeprefix("sha256:").lower(), size)
 
@@ -204,6 +205,14 @@ def _text(document: Mapping[str, Any], key: str, prefix: str) -> str:
     value = document.get(key)
     if not isinstance(value, str):
         raise _unreadable("bundle-malformed", f"its {prefix}{key} must be text")
+    return value
+
+
+def _word(document: Mapping[str, Any], key: str, prefix: str) -> str:
+    """Return a short text that is shown to people and given to programs: no blank, no escape sequence."""
+    value = _text(document, key, prefix)
+    if not _WORD.fullmatch(value):
+        raise _unreadable("bundle-malformed", f"its {prefix}{key} is {shown(value)}, not a plain word")
     return value
 
 

@@ -152,12 +152,12 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _restore(options: argparse.Namespace) -> int:
-    from vmmesh_agent.reconcile import LOCK, World, restore
+    from vmmesh_agent.reconcile import LOCK, restore
 
     host = Host(options.root)
     host.require_root("restoring the files")
     with host.lock(LOCK):
-        restore(World(host, _config(options, host), _Terminal()))
+        restore(host, _Terminal(), _now())
     return 0
 
 

@@ -125,11 +125,12 @@ def _judge(name: str, value: str) -> None:
 
 
 def _is_address(value: str) -> bool:
+    """Is it an address, without a zone? A zone may be any text, a shell command included."""
     try:
         ipaddress.ip_address(value)
     except ValueError:
         return False
-    return True
+    return "%" not in value
 
 
 def _are_ports(value: str) -> bool:
@@ -138,7 +139,7 @@ def _are_ports(value: str) -> bool:
 
 def _are_networks(value: str) -> bool:
     try:
-        return all(bool(ipaddress.ip_network(network, strict=False)) for network in value.split(","))
+        return "%" not in value and all(ipaddress.ip_network(part, strict=False) for part in value.split(","))
     except ValueError:
         return False
 

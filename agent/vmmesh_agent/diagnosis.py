@@ -27,6 +27,7 @@ _PERSISTENT = timedelta(seconds=5)  # shorter than any gap between two rounds of
 _BLIP = timedelta(seconds=30)  # a disturbance is reported when it outlives this
 _STOPPING = timedelta(seconds=40)  # TimeoutStopSec is 30: then systemd kills
 _REPEATED = timedelta(minutes=3)  # Envoy says at least each minute that its stream is still closed
+_EVIDENCE = 1_000  # characters of a line: a rejected listener can be a novel
 _CRASH_LOOP = 2  # runs that died in a row
 
 _NO_TIME = timedelta(0)
@@ -41,8 +42,8 @@ _PROCESSES = frozenset({Aspect.ENVOY, Aspect.AGENT})
 # A run that another follows without a stop has died, if one of these was wrong.
 _DEADLY = _PROCESSES | {Aspect.MACHINE, Aspect.CAPTURE}
 
-_SINCE = re.compile(r"closed since (\d+)s ago")
-_TTL = re.compile(r"\bttl=(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+)(?:\.\d+)?s)?")
+_SINCE = re.compile(r"closed since (\d{1,9})s ago")
+_TTL = re.compile(r"\bttl=(?:(\d{1,6})h)?(?:(\d{1,2})m(?!s))?(?:(\d{1,2})(?:\.\d+)?s)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +356,7 @@ def _severity(failure: _Failure, run: _Run, moment: datetime | None) -> Severity
 
 def _condition(failure: _Failure, cause: str, severity: Severity) -> Condition:
     told = CAUSES[cause]
-    return Condition(cause, severity, told.message, told.remedy, failure.line.strip(), failure.since)
+    return Condition(cause, severity, told.message, told.remedy, failure.line.strip()[:_EVIDENCE], failure.since)
 
 
 def _valid_until(record: Record) -> datetime | None:

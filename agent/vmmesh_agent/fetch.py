@@ -8,10 +8,11 @@ it runs as nobody. What it answers is read here as a stranger's: bounded in size
 import hashlib
 import hmac
 import json
+import re
 import select
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -23,6 +24,7 @@ from vmmesh_agent.bundle import Bundle
 from vmmesh_agent.config import Config, Credential
 from vmmesh_agent.errors import AgentError, ConfigurationError, FetchError
 from vmmesh_agent.host import Account, Child, Host
+from vmmesh_agent.strict import MalformedError, load_json, shown
 
 SIDECAR_USER = "istio-proxy"
 NOBODY = Account(65534, 65534)
@@ -32,6 +34,8 @@ _MAX_ANSWER = 8 * bundles.MAX_BYTES  # a byte of a file may take six in JSON
 _MAX_CREDENTIAL = 64 * 1024
 _MAX_COMPLAINT = 256 * 1024
 _EXEC_SECONDS = 30
+
+_ETAG = re.compile(r'(W/)?"[!#-~]{0,200}"')  # RFC 9110, section 8.8.3, without what is not ASCII
 
 OnRetry = Callable[[AgentError], None]
 
@@ -55,7 +59,7 @@ def fetch(
     """
     if config.endpoint.url.startswith("file:"):
         return _from_disk(host, PurePosixPath(unquote(urlsplit(config.endpoint.url).path)))
-    request = _request(host, config, config.endpoint.url) | {
+    request = _request(host, config, config.endpoint.url, patience) | {
         "kind": "bundle",
         "headers": _headers(host, config, etag),
     }
@@ -65,7 +69,10 @@ def fetch(
         return Fetched(None, etag, str(answer.get("date", "")))
     if answer["event"] != "bundle" or not isinstance(answer.get("bundle"), dict):
         raise _broken("an answer that is none")
-    return Fetched(bundles.from_json(answer["bundle"]), str(answer.get("etag", "")), str(answer.get("date", "")))
+    etag = str(answer.get("etag", ""))
+    return Fetched(
+        bundles.from_json(answer["bundle"]), etag if _ETAG.fullmatch(etag) else "", str(answer.get("date", ""))
+    )
 
 
 def read_bundle(host: Host, path: PurePosixPath) -> Bundle:
@@ -91,19 +98,18 @@ def _from_disk(host: Host, path: PurePosixPath) -> Fetched:
 
 
 class Download:
-    """A package on its way into a file of our own, while the caller does other things.
+    """A package on its way, while the caller does other things.
 
-    The child writes, we read what it wrote: the digest is computed here, over the bytes as they arrive, and it is
-    these bytes in this file that are installed.
+    The child writes a file that it shares with us. When it is done its bytes are copied, and the digest computed over
+    them on their way, into a file that no child ever had open: that one is installed.
     """
 
     def __init__(self, host: Host, config: Config, *, url: str, sha256: str, into: PurePosixPath) -> None:
         self._host = host
         self._into = into
         self._expected = sha256
-        self._digest = hashlib.sha256()
-        self._file = host.create(into)
-        self.received = 0
+        self._arriving = into.with_name(f"{into.name}.part")
+        self._file = host.create(self._arriving)
         request = _request(host, config, url) | {
             "kind": "package",
             "headers": {},
@@ -124,17 +130,12 @@ class Download:
         on_progress: Callable[[int], None] = lambda _: None,
     ) -> PurePosixPath:
         """Wait for the end and return the path, the digest checked. `on_progress` gets the bytes so far."""
-
-        def idle() -> None:
-            self._read_on()
-            on_progress(self.received)
-
-        _last_event(self._child, patience, on_retry, idle)
-        self._read_on()
-        if self._digest.hexdigest() != self._expected:
+        _last_event(self._child, patience, on_retry, idle=lambda: on_progress(self._file.size))
+        digest = self._copy()
+        if digest != self._expected:
             self._host.remove(self._into)
             raise FetchError(
-                f"the package has the digest {self._digest.hexdigest()}, expected {self._expected}",
+                f"the package has the digest {digest}, expected {self._expected}",
                 code="package-wrong-digest",
                 hint="it was altered on its way or replaced where it is kept; nothing was installed",
             )
@@ -144,14 +145,21 @@ class Download:
         """End the child and close the file, whatever came of it."""
         self._context.__exit__(None, None, None)
         self._file.close()
+        self._host.remove(self._arriving)
 
-    def _read_on(self) -> None:
-        if self._file.size < self.received:  # a new attempt began at the start
-            self.received = 0
-            self._digest = hashlib.sha256()
-        while chunk := self._file.read_at(self.received):
-            self._digest.update(chunk)
-            self.received += len(chunk)
+    def _copy(self) -> str:
+        """Copy what arrived and return its SHA-256."""
+        digest = hashlib.sha256()
+        copy = self._host.create(self._into)
+        try:
+            position = 0
+            while chunk := self._file.read_at(position):
+                digest.update(chunk)
+                copy.append(chunk)
+                position += len(chunk)
+        finally:
+            copy.close()
+        return digest.hexdigest()
 
 
 def _is_same_origin(first: str, second: str) -> bool:
@@ -162,7 +170,7 @@ def _is_same_origin(first: str, second: str) -> bool:
 # --- what the child is told ---
 
 
-def _request(host: Host, config: Config, url: str) -> dict[str, Any]:
+def _request(host: Host, config: Config, url: str, patience: float | None = None) -> dict[str, Any]:
     endpoint = config.endpoint
     certificate = endpoint.credential.client_certificate
     return {
@@ -170,7 +178,7 @@ def _request(host: Host, config: Config, url: str) -> dict[str, Any]:
         "timeout": endpoint.timeout,
         "ca": _configured(host, endpoint.ca_file, "endpoint.ca_file") if endpoint.ca_file else "",
         "pins": list(endpoint.ca_pins),
-        "bearer": _bearer(host, endpoint.credential),
+        "bearer": _bearer(host, endpoint.credential, patience),
         "client_certificate": _configured(host, certificate.certificate, "endpoint.credential.client_certificate")
         + "\n"
         + _configured(host, certificate.key, "endpoint.credential.client_certificate")
@@ -197,10 +205,9 @@ def machine_id(host: Host) -> str:
     return hmac.new(own, b"vmmesh-agent", hashlib.sha256).hexdigest()
 
 
-def _bearer(host: Host, credential: Credential) -> str:
+def _bearer(host: Host, credential: Credential, patience: float | None) -> str:
     if credential.exec:
-        output = host.run(credential.exec, timeout=_EXEC_SECONDS, output_limit=_MAX_CREDENTIAL).stdout
-        token, source = output.strip(), credential.exec[0]
+        token, source = _executed(host, credential.exec, patience), credential.exec[0]
     elif path := credential.join_token_file or credential.bearer_token_file:
         token, source = _configured(host, path, "endpoint.credential").strip(), str(path)
     else:
@@ -208,6 +215,21 @@ def _bearer(host: Host, credential: Credential) -> str:
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise FetchError(f"{source} gave no usable token (one word of text)", code="credential-invalid", retry=True)
     return token
+
+
+def _executed(host: Host, argv: Sequence[str], patience: float | None) -> str:
+    """Return what the credential program printed. What it printed before it failed may be a secret: never shown."""
+    timeout = _EXEC_SECONDS if patience is None else min(_EXEC_SECONDS, patience)
+    done = host.run(argv, timeout=timeout, check=False, output_limit=_MAX_CREDENTIAL)
+    if done.status != 0:
+        complaint = shown(done.stderr.strip().rpartition("\n")[2])
+        raise FetchError(
+            f"endpoint.credential.exec: {argv[0]} failed with status {done.status}: {complaint}",
+            code="credential-exec-failed",
+            hint="run it by hand, as root",
+            retry=True,
+        )
+    return done.stdout.strip()
 
 
 def _configured(host: Host, path: PurePosixPath, key: str) -> str:
@@ -254,11 +276,14 @@ def _last_event(
     deadline = None if patience is None else time.monotonic() + patience
     trouble: FetchError | None = None
     for line in _lines(child, deadline, idle):
-        event = json.loads(line)
+        event = _event(line)
         if event["event"] not in {"retry", "failed"}:
-            return dict(event)
+            return event
         error = FetchError(
-            str(event["message"]), code=str(event["code"]), hint=str(event["hint"]), retry=bool(event["retry"])
+            str(event.get("message")),
+            code=str(event.get("code")),
+            hint=str(event.get("hint")),
+            retry=event.get("retry") is True,
         )
         if event["event"] == "failed":
             raise error
@@ -269,6 +294,17 @@ def _last_event(
             f"no answer within {patience:g} s", code="endpoint-unreachable", hint="see endpoint.url", retry=True
         )
     raise _broken(_last_words(child))
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """Read one line of the child's, which may have been taken over by whom it spoke to."""
+    try:
+        event = load_json(line)
+    except MalformedError:
+        raise _broken(shown(line)) from None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        raise _broken(shown(line))
+    return event
 
 
 def _lines(child: Child, deadline: float | None, idle: Callable[[], None]) -> Iterator[bytes]:
@@ -294,4 +330,4 @@ def _last_words(child: Child) -> str:
 
 
 def _broken(answer: str) -> FetchError:
-    return FetchError(f"the network child broke; it said {answer!r}", code="network-child-broken", retry=True)
+    return FetchError(f"the network child broke; it said {answer}", code="network-child-broken", retry=True)

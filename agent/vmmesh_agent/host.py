@@ -247,7 +247,7 @@ class Host:
         self.remove(path)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with _explained(path), self._parent(path) as (folder, name):
-            return NewFile(os.open(name, flags, 0o600, dir_fd=folder))
+            return NewFile(os.open(name, flags, 0o600, dir_fd=folder), path)
 
     @contextlib.contextmanager
     def _parent(self, path: PurePosixPath) -> Iterator[tuple[int, str]]:
@@ -383,8 +383,9 @@ class Host:
 class NewFile:
     """A file that somebody else writes through the same descriptor: its position is theirs, we read past it."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, path: PurePosixPath) -> None:
         self.descriptor = descriptor
+        self._path = path
 
     @property
     def size(self) -> int:
@@ -392,6 +393,14 @@ class NewFile:
 
     def read_at(self, position: int, limit: int = 1024**2) -> bytes:
         return os.pread(self.descriptor, limit, position)
+
+    def append(self, data: bytes) -> None:
+        """Write at the descriptor's position: for a file that nobody else writes."""
+        try:
+            with open(self.descriptor, "ab", closefd=False) as file:  # a descriptor, not a path
+                file.write(data)
+        except OSError as error:
+            raise _meaning_of(error, self._path) from error
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -444,10 +453,14 @@ class LogFile:
         self._head = b""
 
     def _open(self) -> None:
+        """Open the file; what is missing, not a plain file or not for us has no lines."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)
-        with _explained(self._path), gone, self._host._parent(self._path) as (folder, name):  # noqa: SLF001
-            self._descriptor = os.open(name, flags, dir_fd=folder)
+        with contextlib.suppress(OSError, HostError), self._host._parent(self._path) as (folder, name):  # noqa: SLF001
+            descriptor = os.open(name, flags, dir_fd=folder)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                self._descriptor = descriptor
+            else:
+                os.close(descriptor)
 
     def _notice_truncation(self, descriptor: int) -> None:
         head = os.pread(descriptor, self._HEAD, 0)
@@ -520,8 +533,12 @@ def _explained(path: PurePosixPath) -> Iterator[None]:
     """Turn an OSError into an `AgentError` that names the path."""
     try:
         yield
-    except PermissionError as error:
-        raise NotPermittedError(f"{path}: {error.strerror}", code="permission-denied", hint="run it as root") from error
     except OSError as error:
-        code, meaning, hint = _MEANINGS.get(error.errno or 0, ("disk-error", error.strerror or str(error), ""))
-        raise HostError(f"{path}: {meaning}", code=code, hint=hint, retry=True) from error
+        raise _meaning_of(error, path) from error
+
+
+def _meaning_of(error: OSError, path: PurePosixPath) -> HostError | NotPermittedError:
+    if isinstance(error, PermissionError):
+        return NotPermittedError(f"{path}: {error.strerror}", code="permission-denied", hint="run it as root")
+    code, meaning, hint = _MEANINGS.get(error.errno or 0, ("disk-error", error.strerror or str(error), ""))
+    return HostError(f"{path}: {meaning}", code=code, hint=hint, retry=True)

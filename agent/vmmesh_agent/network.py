@@ -22,6 +22,7 @@ import contextlib
 import email.utils
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -43,6 +44,8 @@ _MAX_REASON = 300  # characters of a server's reason that are shown
 _MAX_WAIT = 60.0  # seconds between attempts, unless the server asks for more
 _MAX_RETRY_AFTER = 3600.0
 _MAX_PACKAGE_SECONDS = 3600.0
+
+_XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 
 # OpenSSL's verification results (x509_vfy.h) that deserve words of their own.
 _NOT_YET_VALID, _EXPIRED, _WRONG_NAME = 9, 10, 62
@@ -135,6 +138,8 @@ def _bundle(request: Mapping[str, Any]) -> dict[str, Any]:
     with _within(request["timeout"]), _response(request, headers, follow_redirects=False) as response:
         seen = {"date": response.headers.get("Date", ""), "etag": response.headers.get("ETag", "")}
         if response.status_code == httpx.codes.NOT_MODIFIED:
+            if "If-None-Match" not in headers:
+                raise FetchError("the endpoint says 'not modified' unasked", code="endpoint-malformed-answer")
             return {"event": "not-modified", **seen}
         content = bytearray()
         for chunk in _body(response, limit=bundle.MAX_BYTES):
@@ -367,7 +372,7 @@ def _refuse_errors(response: httpx.Response) -> None:
 
 
 def _reason(response: httpx.Response) -> str:
-    """Return the server's own words: the message of a JSON error, or the beginning of a plain text."""
+    """Return the server's own words: the message of a JSON or XML error, or the beginning of a plain text."""
     try:
         body = bytearray()
         for chunk in response.iter_raw(4096):
@@ -382,8 +387,11 @@ def _reason(response: httpx.Response) -> str:
         message = error.get("message") if isinstance(error, dict) else error
         if isinstance(message, str):
             return _safe(message)
-    is_text = response.headers.get("Content-Type", "text/plain").startswith("text/plain")
-    return _safe(body.decode(errors="replace")) if is_text else ""
+    text = body.decode(errors="replace")
+    if message_element := _XML_MESSAGE.search(text):  # object stores answer so
+        return _safe(message_element[1])
+    is_plain = response.headers.get("Content-Type", "text/plain").startswith("text/plain")
+    return _safe(text) if is_plain else ""
 
 
 def _safe(text: str) -> str:
@@ -399,9 +407,10 @@ def _retry_after(response: httpx.Response) -> float:
         return float(value[:9])
     try:
         moment = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        wait = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    except (ValueError, OverflowError):
         return 0
-    return max(0.0, (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return max(0.0, wait)
 
 
 @contextlib.contextmanager

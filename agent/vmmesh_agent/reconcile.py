@@ -128,22 +128,22 @@ def preview(world: World) -> tuple[VerifiedBundle, install.Plan, tuple[place.Cha
     return bundle, package, place.plan(world.host, bundle, _previous_root(world.host), world.now())
 
 
-def restore(world: World) -> tuple[str, ...]:
-    """Put the files of the last verified bundle back, without network. Return what was put back.
+def restore(host: Host, progress: Progress, moment: datetime) -> None:
+    """Put the files of the last verified bundle back, without network and without configuration.
 
     A token that expired while the machine was off is put back all the same: with a certificate that is still
     valid the sidecar does not need it, and without one nothing is lost.
     """
-    world.host.require_root("restoring the files")
-    stored = store.load(world.host)
-    if stored is None or world.host.account(place.USER) is None:
-        return ()
-    with world.progress.step("restore") as step:
+    host.require_root("restoring the files")
+    with progress.step("restore") as step:
+        stored = store.load(host)
+        if stored is None:
+            step.says("there is no verified bundle yet")
+            return
         bundle = verify(stored.bundle, stored.verified_at, resolves=lambda _: True)
-        changes = place.plan(world.host, bundle, bundle.root_cert, world.now())
-        place.apply(world.host, changes)
+        changes = place.plan(host, bundle, bundle.root_cert, moment)
+        place.apply(host, changes)
         step.says(_listed(changes) or "nothing was missing")
-    return tuple(str(change.path) for change in changes)
 
 
 # --- the steps ---

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
-_LONGEST = 16_384  # characters of one record that are looked at: a listener dump may have megabytes
+_LONGEST = 8_192  # characters of one record that are looked at: a listener dump may have megabytes
 
 
 class Stream(StrEnum):
@@ -81,9 +81,12 @@ class Reader:
         lines = self._rest + piece
         end = lines.rfind(b"\n")
         self._rest = lines[end:]
-        if traffic := _TEXT_TRAFFIC.match(lines, lines.rfind(b"\n[", 0, end) + 1, end):
-            self._traffic = traffic[0]
-        return [record for line in _NOT_TEXT_TRAFFIC.findall(lines, 0, end) for record in self._add(line)]
+        last = lines.rfind(b"\n", 0, end) + 1
+        if lines[last : last + 1] not in b"[{":
+            last = max(lines.rfind(b"\n[", 0, end), lines.rfind(b"\n{", 0, end)) + 1
+        if traffic := _TRAFFIC_TIME.match(lines, last, end):
+            self._traffic = traffic[1]
+        return [record for line in _NOT_TRAFFIC.findall(lines, 0, end) for record in self._add(line)]
 
     def end_record(self) -> list[Record]:
         """Return the record that is still open, if any: nothing is known to follow it."""
@@ -103,17 +106,13 @@ class Reader:
     @property
     def traffic_moment(self) -> datetime | None:
         """When the request of the last access-log line began."""
-        found = _TRAFFIC_TIME.search(self._traffic[:_LONGEST])
-        return _moment(found[1].decode()) if found else None
+        return _moment(self._traffic.decode())
 
     def _add(self, raw: bytes) -> list[Record]:
-        if raw[:1] == b"{" and b'"msg"' not in raw:
-            self._traffic = raw
-            return []
         # Truncating a file that is written without O_APPEND leaves a hole of NUL bytes at its start.
         line = raw.strip(b"\0\r").decode(errors="replace")
         record = read_record(line, self._stream)
-        if record is None and _TRAFFIC_FRAGMENT.search(line):
+        if record is None and (line.startswith("{") or _TRAFFIC_FRAGMENT.search(line)):
             return []  # up to 1.12 the agent overwrites lines of the access log: a user's words without their head
         if record is None and self._open is not None:
             # What a terminal wrapped and what Envoy or YAML continued are joined alike, without a blank.
@@ -149,17 +148,16 @@ _JOURNAL_HEAD = re.compile(
 _STANDS_ALONE = re.compile(
     r"panic: |fatal error: |goroutine \d+ \[|SIG[A-Z]+: |runtime: |unexpected fault address"
     r"|\d+ \S+:\d+\] |\S+\.cc:\d+\] "  # tcmalloc and absl
-    r"|\S*(?:envoy|pilot-agent|bash|sudo)\S*: |\S+: \S+: version `|terminate called "
+    r"|\S{0,200}(?:envoy|pilot-agent|bash|sudo)\S{0,200}: |\S{1,200}: \S{1,200}: version `|terminate called "
     r"|\d{4}-\d\d-\d\d [\d:.]+ \S+ \S+(?: m=\S+)? log write error:"
 )
 _GO_TIME = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.\d+)? \+0000 UTC")
-_ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:?\d\d)")
-# The access log begins `[2024-08-01T10:01:12.310Z]`, where the oldest Envoy log has a blank for the T; as JSON
-# it is an object in an order of its own that has no "msg".
-_NOT_TEXT_TRAFFIC = re.compile(rb"\n(?!\[\d{4}-\d\d-\d\dT)([^\n]*)")
-_TEXT_TRAFFIC = re.compile(rb"\[\d{4}-\d\d-\d\dT[^\n]*")
+_ISO_TIME = re.compile(r"(?:19|20)\d\d-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:?\d\d)")
+# The access log begins `[2024-08-01T10:01:12.310Z]`, where the oldest Envoy log has a blank for the T; as JSON it
+# begins with another key than the records of the agent and of Envoy do.
+_NOT_TRAFFIC = re.compile(rb'\n(?!\[\d{4}-\d\d-\d\dT|\{(?!\s*"(?:level|time|scope|msg)"))([^\n]*)')
 _TRAFFIC_FRAGMENT = re.compile(r'\[\d{4}-\d\d-\d\dT[\d:.]+Z\] "|HTTP/\d(?:\.\d)?" \d|"- - -" \d')
-_TRAFFIC_TIME = re.compile(rb'(?:^\[|"start_time":\s*")(\d{4}-\d\d-\d\dT[\d:.]+Z)')
+_TRAFFIC_TIME = re.compile(rb'(?:\[|\{[^\n]*?"start_time":\s*")(\d{4}-\d\d-\d\dT[\d:.]+Z)')
 
 _SCOPES = frozenset(
     "ads ca cache citadelclient dns gcecred grpc healthcheck iptables klog model monitoring sds secretcache "
@@ -192,7 +190,7 @@ def _scope_and_message(rest: str | None) -> tuple[str, str]:
 def _json_record(line: str, stream: Stream) -> Record | None:
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         # Cut off by a paste or a full disk: what is there still says something.
         fields = {key: _unescaped(value) for key, value in _JSON_FIELD.findall(line)}
     if not isinstance(fields, dict) or "msg" not in fields:

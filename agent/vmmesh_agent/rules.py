@@ -557,11 +557,10 @@ RULES: tuple[Rule, ...] = (
          "Envoy ended.", _FAILS,
          r"(?:Envoy|Epoch \d+) (?:exited with (?:error|status [1-9])|terminated with an error)", cause="envoy_crashed",
          about=Aspect.ENVOY),
-    Rule("envoy-backtrace", ("Caught ",
-                             "Backtrace (use tools",
-                             "assert failure", "FATAL ERROR", "terminate called", "std::bad_alloc",
-                             "initializing configuration", "SIGABRT", "Aborted (core dumped)"),
-         "Envoy died.", _FAILS, r"Caught (?!exception)[A-Z]\w+|Backtrace \(use tools|assert failure|FATAL ERROR|terminate called|bad_alloc"
+    Rule("envoy-backtrace", ("Caught ", "Backtrace (use tools", "assert failure", "FATAL ERROR", "terminate called",
+                             "std::bad_alloc", "initializing configuration", "SIGABRT", "Aborted (core dumped)"),
+         "Envoy died.", _FAILS,
+         r"Caught (?!exception)[A-Z]\w+|Backtrace \(use tools|assert failure|FATAL ERROR|terminate called|bad_alloc"
          r"|^(?:error )?initializing configuration|SIGABRT|core dumped", cause="envoy_crashed", about=Aspect.ENVOY),
 
     # Readiness, printed only where somebody asks for it.
@@ -588,7 +587,7 @@ RULES: tuple[Rule, ...] = (
     Rule("dns", ("lookup ", "no such host", "server misbehaving", "DNS resolution failed",
                  "produced zero addresses"),
          "The name does not resolve.", _FAILS,
-         r"lookup \S+.*(?:no such host|misbehaving|timeout|refused|unreachable|temporary failure|no answer|canceled)"
+         r"lookup \S{1,255}.{0,255}(?:no such host|misbehaving|timeout|refused|unreachable|temporary failure|canceled)"
          r"|no such host|DNS resolution failed|produced zero addresses", cause="dns_unresolved"),
     Rule("clock", ("x509: ", "token"), "The certificate lies in the future.", _FAILS,
          r"not yet valid: current time \S+ is before|before issued|token is not valid yet", cause="clock_skew"),

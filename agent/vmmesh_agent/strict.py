@@ -63,7 +63,9 @@ def _refuse_bombs(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise MalformedError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not accepted")
+            raise MalformedError(f"the alias *{event.anchor} is not accepted; write it out")
+        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None) is not None:
+            raise MalformedError("tags (!…) are not accepted")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):

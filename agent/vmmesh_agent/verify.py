@@ -352,7 +352,7 @@ def _only_istiod_is_named(
             findings.refuse(
                 "hosts-foreign-name",
                 bundles.HOSTS,
-                f"it names {name!r}; it may name istiod alone",
+                f"it names {name!r}; it may name istiod alone (istiod[-<revision>].<namespace>.svc)",
                 "a bundle that redirects other names is not istioctl's; find out who made it",
             )
 
@@ -384,7 +384,8 @@ def _may_be_named(name: str, allowed: Collection[str], host_name: str) -> bool:
     }
     if name in own or name.endswith((".localhost", ".localdomain")):
         return False
-    return name in allowed or bool(hosts.ISTIOD_NAME.fullmatch(name))
+    # istiod's name in the cluster; or another where mesh.yaml says it is, as long as it is called so.
+    return bool(hosts.ISTIOD_NAME.fullmatch(name)) or (name in allowed and name.startswith(("istiod.", "istiod-")))
 
 
 def _host_of(address: str) -> str:

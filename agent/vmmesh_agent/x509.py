@@ -62,8 +62,8 @@ def read_der(der: bytes) -> Certificate:
     store = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         store.load_verify_locations(cadata=der)
-    except ssl.SSLError as error:
-        raise CertificateError(error.reason or "not a certificate") from None
+    except (ssl.SSLError, ValueError) as error:  # ValueError: nothing at all
+        raise CertificateError(getattr(error, "reason", "") or "not a certificate") from None
     try:
         return _read_fields(der, is_ca=store.cert_store_stats()["x509_ca"] == 1)
     except (ValueError, IndexError) as error:

@@ -49,13 +49,20 @@ def test_what_a_killed_run_left_is_removed_by_the_next_one() -> None:
 
 @pytest.mark.system
 def test_killing_a_group_leaves_the_others(run: Run) -> None:
-    first = run.spawn("first", ["sh", "-c", "setsid sleep 1000 & sleep 1000"], output=subprocess.DEVNULL)
-    second = run.spawn("second", ["sleep", "1000"], output=subprocess.DEVNULL)
+    first = run.spawn("first", ["sh", "-c", "setsid sleep 1000 & echo up; sleep 1000"], output=subprocess.PIPE)
+    second = run.spawn("second", ["sh", "-c", "echo up; sleep 1000"], output=subprocess.PIPE)
+    for process in (first, second):
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
     run.kill("first")
     assert first.wait() == -signal.SIGKILL
+    assert first.stdout is not None
+    assert first.stdout.read() == b""  # nobody is left who could write, the other session included
     assert second.poll() is None
     run.kill("second")
     assert second.wait() == -signal.SIGKILL
+    for process in (first, second):
+        process.communicate()  # closes the pipe
 
 
 def _runs(number: str) -> bool:

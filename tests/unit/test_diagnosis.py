@@ -774,6 +774,23 @@ def test_pieces_of_any_size_are_read_as_the_whole(size: int) -> None:
     assert diagnosis.health(None).cause == "root_cert_mismatch"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"msg":' + "[" * 9000,
+        f"{STREAM_TO_ISTIOD} since 99999999999999999999s ago: 14, transport: dial tcp",
+        "generated new workload certificate\tttl=99999999999999h",
+        "0001-01-01T00:00:00.000000+05:00\twarn\tx",
+    ],
+)
+@pytest.mark.parametrize("stream", Stream)
+def test_an_absurd_line_does_not_end_the_reading(line: str, stream: Stream) -> None:
+    diagnosis = Diagnosis()
+    diagnosis.read(line, stream)
+    diagnosis.read(as_text("1 error - Envoy exited with error: exit status 1"), stream)
+    assert "envoy_crashed" in {condition.code for condition in diagnosis.health(None).conditions}
+
+
 def test_nothing_read_is_nothing_known() -> None:
     assert judge(b"").state is State.UNKNOWN
     assert judge(b"\n\n").state is State.UNKNOWN
@@ -884,6 +901,11 @@ def test_a_condition_names_its_first_moment_its_line_and_what_to_do() -> None:
 def test_a_stated_duration_dates_the_outage_back() -> None:
     [condition] = judge(envoy(100, f"{STREAM_TO_ISTIOD} since 42s ago: {REFUSED}"), "err").conditions
     assert condition.since == MIDNIGHT + timedelta(seconds=58)
+
+
+def test_the_evidence_of_a_novel_is_its_beginning() -> None:
+    [condition] = judge(envoy(1, "config for type.googleapis.com/x rejected: " + "x" * 9000), "err").conditions
+    assert len(condition.evidence) == 1000
 
 
 def test_a_consequence_is_hidden_and_an_independent_fault_is_not() -> None:

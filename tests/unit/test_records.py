@@ -67,6 +67,7 @@ def test_a_write_error_of_the_agent_has_go_s_time() -> None:
         f'[{TIME}] "GET /failed HTTP/1.1" 503 UF - "-"',
         f'[{TIME}] "- - -" 0 - - - "-" 0 0 1 -',
         f'{{"authority":"shop","start_time":"{TIME}","response_code":503}}',
+        f'{{"time":"{TIME}","path":"/failed","response_code":503}}',
         'd HTTP/1.1" 503 UF upstream "-" 0 91',
     ],
 )

@@ -1,0 +1,148 @@
+"""Valid by default: a test names only what is different about its bundle.
+
+    verify(a_bundle(token=CLUSTER.token(audience="somebody-else")), MOMENT, resolves=nothing)
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import PurePosixPath
+from typing import Any
+
+from vmmesh_agent.bundle import Bundle, Package, Sidecar, Workload
+from vmmesh_agent.config import Config, Endpoint, SidecarSettings
+from vmmesh_agent.health import Condition, Health, Severity, State
+from vmmesh_agent.report import Report
+from vmmesh_agent.units import UnitState
+from vmmesh_agent.verify import VerifiedBundle, verify
+
+from lab.cluster import Authority, Cluster, Release, now
+
+CLUSTER = Cluster.create()
+STRANGER = Authority.create("somebody else")
+MOMENT = now()
+DEMO = Workload("vm", "demo")
+
+# The example that release 1.12 prints: the order of the lines, the keys and the shape of the values are istioctl's.
+CLUSTER_ENV_1_12 = """\
+CANONICAL_REVISION='latest'
+CANONICAL_SERVICE='orders'
+ISTIO_INBOUND_PORTS='*'
+ISTIO_LOCAL_EXCLUDE_PORTS='15090,15021,15020'
+ISTIO_METAJSON_LABELS='{"app":"orders","service.istio.io/canonical-name":"orders","service.istio.io/canonical-revision":"latest"}'
+ISTIO_META_CLUSTER_ID='Kubernetes'
+ISTIO_META_DNS_CAPTURE='true'
+ISTIO_META_MESH_ID='mesh7'
+ISTIO_META_NETWORK=''
+ISTIO_META_WORKLOAD_NAME='orders'
+ISTIO_NAMESPACE='shop'
+ISTIO_SERVICE='orders.shop'
+ISTIO_SERVICE_CIDR='*'
+POD_NAMESPACE='shop'
+SERVICE_ACCOUNT='orders'
+TRUST_DOMAIN='cluster.local'
+"""
+MESH_1_12 = """\
+defaultConfig:
+  discoveryAddress: istiod.istio-system.svc:15012
+  meshId: mesh7
+  proxyMetadata:
+    CANONICAL_REVISION: latest
+    CANONICAL_SERVICE: orders
+    ISTIO_META_CLUSTER_ID: Kubernetes
+    ISTIO_META_DNS_CAPTURE: "true"
+    ISTIO_META_MESH_ID: mesh7
+    ISTIO_META_NETWORK: ""
+    ISTIO_META_WORKLOAD_NAME: orders
+    ISTIO_METAJSON_LABELS: '{"app":"orders","service.istio.io/canonical-name":"orders","service.istio.io/canonical-revision":"latest"}'
+    POD_NAMESPACE: shop
+    SERVICE_ACCOUNT: orders
+    TRUST_DOMAIN: cluster.local
+  tracing:
+    zipkin:
+      address: zipkin.istio-system:9411
+"""
+
+
+def a_bundle(
+    *,
+    token: str | None = None,
+    address: str = "192.0.2.1",
+    revision: str = "",
+    as_of: Release = "newest",
+    environment: Mapping[str, str | None] | None = None,
+    workload: Workload | None = None,
+    sidecar: Sidecar | None = None,
+    **files: bytes | None,
+) -> Bundle:
+    """Return a sound bundle for vm/demo. `files` replace whole files (`hosts=b""`); None leaves one out."""
+    contents = CLUSTER.bundle(
+        token=token, address=address, revision=revision, as_of=as_of, environment=environment, **files
+    )
+    return Bundle(contents, workload, sidecar)
+
+
+def the_example_of_1_12() -> Bundle:
+    """Return the bundle of the oldest release that is known, byte for byte as that istioctl wrote it."""
+    return a_bundle(
+        token=CLUSTER.token(namespace="shop", service_account="orders"),
+        cluster_env=CLUSTER_ENV_1_12.encode(),
+        mesh_yaml=MESH_1_12.encode(),
+        hosts=b"198.51.100.7 istiod.istio-system.svc\n",
+    )
+
+
+def nothing(_name: str) -> bool:
+    """A resolver that finds no name."""
+    return False
+
+
+def anything(_name: str) -> bool:
+    """A resolver that finds every name."""
+    return True
+
+
+def a_verified_bundle(bundle: Bundle | None = None, moment: datetime = MOMENT) -> VerifiedBundle:
+    """Return what `verify` makes of a bundle that is sound."""
+    return verify(bundle or a_bundle(), moment, resolves=nothing)
+
+
+def a_package(**changes: Any) -> Package:
+    """Return a package as a bundle names it."""
+    usual: dict[str, Any] = {
+        "format": "deb",
+        "arch": "amd64",
+        "url": "https://mesh.example.com/packages/istio-sidecar.deb",
+        "sha256": "ab" * 32,
+        "size": 4096,
+    }
+    return Package(**usual | changes)
+
+
+def a_config(url: str = "file:///srv/bundle", *, sidecar: SidecarSettings | None = None, **endpoint: Any) -> Config:
+    """Return a configuration that fetches from `url`; `endpoint` are further settings of the endpoint."""
+    return Config(endpoint=Endpoint(url, **endpoint), sidecar=sidecar or SidecarSettings(), healthy_within=5.0)
+
+
+def a_condition(code: str = "cert_expired", severity: Severity = Severity.FAILED, **changes: Any) -> Condition:
+    """Return something that is wrong."""
+    usual: dict[str, Any] = {"message": "The certificate has expired.", "remedy": "Have a new token made."}
+    return Condition(code, severity, **usual | changes)
+
+
+def a_report(state: State = State.HEALTHY, *conditions: Condition, **changes: Any) -> Report:
+    """Return a full record of vm/demo, as the daemon saves it."""
+    cause = conditions[0].code if conditions else "none"
+    usual: dict[str, Any] = {
+        "updated_at": EVENING,
+        "workload": "vm/demo",
+        "token_expires_at": EVENING + timedelta(minutes=52, seconds=7),
+        "certificate_not_after": EVENING + timedelta(hours=23, minutes=4),
+        "sidecar_version": "1.28.2",
+        "unit": UnitState(True, "active", "running", 4711, 0, "0c" * 16),
+        "by_daemon": True,
+    }
+    return Report(Health(state, cause, conditions), **usual | changes)
+
+
+EVENING = datetime(2026, 3, 4, 20, 15, 30, tzinfo=UTC)
+CONFIG_FILE = PurePosixPath("/etc/vmmesh-agent/config.yaml")
