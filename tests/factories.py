@@ -11,7 +11,7 @@ from typing import Any
 from vmmesh_agent.bundle import Bundle, Package, Sidecar, Workload
 from vmmesh_agent.config import Config, Endpoint, SidecarSettings
 from vmmesh_agent.health import Condition, Health, Severity, State
-from vmmesh_agent.report import Report
+from vmmesh_agent.report import Known, Report
 from vmmesh_agent.units import UnitState
 from vmmesh_agent.verify import VerifiedBundle, verify
 
@@ -20,6 +20,8 @@ from lab.cluster import Authority, Cluster, Release, now
 CLUSTER = Cluster.create()
 STRANGER = Authority.create("somebody else")
 MOMENT = now()
+EVENING = datetime(2026, 3, 4, 20, 15, 30, tzinfo=UTC)
+CONFIG_FILE = PurePosixPath("/etc/vmmesh-agent/config.yaml")
 DEMO = Workload("vm", "demo")
 
 # The example that release 1.12 prints: the order of the lines, the keys and the shape of the values are istioctl's.
@@ -129,20 +131,20 @@ def a_condition(code: str = "cert_expired", severity: Severity = Severity.FAILED
     return Condition(code, severity, **usual | changes)
 
 
+def a_unit(active: str = "active", sub: str = "running", **changes: Any) -> UnitState:
+    """Return what systemd says of istio.service."""
+    usual: dict[str, Any] = {"is_loaded": True, "main_pid": 4711, "restarts": 0, "invocation": "0c" * 16}
+    return UnitState(active=active, sub=sub, **usual | changes)
+
+
 def a_report(state: State = State.HEALTHY, *conditions: Condition, **changes: Any) -> Report:
     """Return a full record of vm/demo, as the daemon saves it."""
     cause = conditions[0].code if conditions else "none"
     usual: dict[str, Any] = {
+        "unit": a_unit(),
         "updated_at": EVENING,
-        "workload": "vm/demo",
-        "token_expires_at": EVENING + timedelta(minutes=52, seconds=7),
+        "known": Known("vm/demo", EVENING + timedelta(minutes=52, seconds=7), "1.28.2"),
         "certificate_not_after": EVENING + timedelta(hours=23, minutes=4),
-        "sidecar_version": "1.28.2",
-        "unit": UnitState(True, "active", "running", 4711, 0, "0c" * 16),
         "by_daemon": True,
     }
     return Report(Health(state, cause, conditions), **usual | changes)
-
-
-EVENING = datetime(2026, 3, 4, 20, 15, 30, tzinfo=UTC)
-CONFIG_FILE = PurePosixPath("/etc/vmmesh-agent/config.yaml")

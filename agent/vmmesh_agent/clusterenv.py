@@ -41,7 +41,7 @@ _RUNTIME = """
 """.split()
 _START_SCRIPT = """
     EXEC_USER INSTANCE_IP ISTIO_AGENT_FLAGS ISTIO_AGENT_FLAGS_ARRAY ISTIO_BIN_BASE ISTIO_CLUSTER_CONFIG
-    ISTIO_CUSTOM_IP_TABLES ISTIO_LOG_DIR ISTIO_SIDECAR_CONFIG ENVOY_USER PROXY_GID PROXY_UID currentLimit
+    ISTIO_CUSTOM_IP_TABLES ISTIO_LOG_DIR ISTIO_SIDECAR_CONFIG ENVOY_USER PROXY_CONFIG PROXY_GID PROXY_UID currentLimit
 """.split()
 _REFUSED = {name.casefold() for name in (*_SHELL, *_LOADER, *_RUNTIME, *_START_SCRIPT)}
 _REFUSED_PREFIXES = tuple(
@@ -182,6 +182,7 @@ _VALUES: dict[str, tuple[str, Callable[[str], bool]]] = {
     "ISTIO_META_DNS_CAPTURE": ("true or false", _empty_or(_is_truth)),
     "ISTIO_NAMESPACE": ("a namespace name", _is_label),
     "ISTIO_OUTBOUND_PORTS": ("'*' or ports joined with commas", _star_or(_are_ports)),
+    "ISTIO_PILOT_PORT": ("a port", _empty_or(_are_ports)),
     "ISTIO_SERVICE": ("a service name", _empty_or(_is_dns_name)),
     "ISTIO_SERVICE_CIDR": ("'*' or networks joined with commas", _star_or(_are_networks)),
     "ISTIO_SERVICE_EXCLUDE_CIDR": ("networks joined with commas", _star_or(_are_networks)),

@@ -165,7 +165,7 @@ class Diagnosis:
         conditions = self._conditions(run.failures.values(), moment, at_end=now is None)
         if not conditions and run.began and not run.seems_to_serve:
             conditions = self._unfinished(moment)
-            if not conditions:
+            if not conditions and run.is_young(moment):
                 return Health(State.STARTING)
         if not conditions:
             return Health(State.HEALTHY)
@@ -188,6 +188,7 @@ class Diagnosis:
         run = self._run
         if len(self._dead) >= _CRASH_LOOP:
             return self._conditions(self._dead[-1], moment, at_end=True)
+        # The journal falls silent when the agent has begun: no news is good news there.
         if run.is_young(moment) or run.began is None or run.began.stream is Stream.JOURNAL:
             return ()
         cause = CAUSES["not_ready_no_config"]

@@ -24,7 +24,7 @@ from vmmesh_agent.bundle import Bundle
 from vmmesh_agent.config import Config, Credential
 from vmmesh_agent.errors import AgentError, ConfigurationError, FetchError
 from vmmesh_agent.host import Account, Child, Host
-from vmmesh_agent.strict import MalformedError, load_json, shown
+from vmmesh_agent.strict import MalformedError, load_json, printable, shown
 
 SIDECAR_USER = "istio-proxy"
 NOBODY = Account(65534, 65534)
@@ -279,12 +279,8 @@ def _last_event(
         event = _event(line)
         if event["event"] not in {"retry", "failed"}:
             return event
-        error = FetchError(
-            str(event.get("message")),
-            code=str(event.get("code")),
-            hint=str(event.get("hint")),
-            retry=event.get("retry") is True,
-        )
+        message, code, hint = (printable(str(event.get(key)), 2000) for key in ("message", "code", "hint"))
+        error = FetchError(message, code=code, hint=hint, retry=event.get("retry") is True)
         if event["event"] == "failed":
             raise error
         trouble = error

@@ -38,9 +38,9 @@ import tenacity
 
 from vmmesh_agent import __version__, bundle, x509
 from vmmesh_agent.errors import AgentError, FetchError
+from vmmesh_agent.strict import printable
 
 _CHUNK = 256 * 1024
-_MAX_REASON = 300  # characters of a server's reason that are shown
 _MAX_WAIT = 60.0  # seconds between attempts, unless the server asks for more
 _MAX_RETRY_AFTER = 3600.0
 _MAX_PACKAGE_SECONDS = 3600.0
@@ -230,7 +230,7 @@ def _client(request: Mapping[str, Any], context: ssl.SSLContext) -> httpx.Client
         return httpx.Client(verify=context, timeout=min(request["timeout"], 30), follow_redirects=False, trust_env=True)
     except (ValueError, httpx.InvalidURL) as error:
         raise FetchError(
-            f"the proxy variables make no sense: {_safe(str(error))}", code="proxy-invalid", hint="see https_proxy"
+            f"the proxy variables make no sense: {printable(str(error))}", code="proxy-invalid", hint="see https_proxy"
         ) from None
 
 
@@ -240,7 +240,7 @@ def _redirected(client: httpx.Client, response: httpx.Response, _most: int = 5) 
     onward = response.next_request
     assert onward is not None  # noqa: S101  # the caller looked
     if onward.url.scheme != "https" or len(response.history) >= _most:
-        raise FetchError(f"redirected to {_safe(str(onward.url))}, which is not followed", code="endpoint-redirects")
+        raise FetchError(f"redirected to {printable(str(onward.url))}, which is not followed", code="endpoint-redirects")
     return client.send(onward, stream=True)
 
 
@@ -362,7 +362,7 @@ def _refuse_errors(response: httpx.Response) -> None:
         code = "endpoint-busy" if status == 429 else "endpoint-failing"
         raise _PassingError(f"the endpoint cannot answer now{said}", code=code, retry_after=_retry_after(response))
     if response.is_redirect:
-        where = _safe(response.headers.get("Location", ""))
+        where = printable(response.headers.get("Location", ""))
         raise FetchError(
             f"the endpoint redirects to {where!r}, which is not followed",
             code="endpoint-redirects",
@@ -386,18 +386,12 @@ def _reason(response: httpx.Response) -> str:
         error = document.get("error", document) if isinstance(document, dict) else None
         message = error.get("message") if isinstance(error, dict) else error
         if isinstance(message, str):
-            return _safe(message)
+            return printable(message)
     text = body.decode(errors="replace")
     if message_element := _XML_MESSAGE.search(text):  # object stores answer so
-        return _safe(message_element[1])
+        return printable(message_element[1])
     is_plain = response.headers.get("Content-Type", "text/plain").startswith("text/plain")
-    return _safe(text) if is_plain else ""
-
-
-def _safe(text: str) -> str:
-    """Make a stranger's text fit for a terminal: one line, printable, short."""
-    line = "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
-    return line if len(line) <= _MAX_REASON else line[: _MAX_REASON - 1] + "…"
+    return printable(text) if is_plain else ""
 
 
 def _retry_after(response: httpx.Response) -> float:
@@ -446,11 +440,11 @@ def _explain(error: httpx.HTTPError, where: str) -> NoReturn:
         raise _PassingError(f"{where} does not answer in time", code=code) from error
     if isinstance(error, httpx.ProxyError):
         raise _PassingError(
-            f"the proxy refused: {_safe(str(error))}", code="proxy-refused", hint="see https_proxy"
+            f"the proxy refused: {printable(str(error))}", code="proxy-refused", hint="see https_proxy"
         ) from error
     if isinstance(error, httpx.RemoteProtocolError):
-        raise _PassingError(f"{where} broke off its answer: {_safe(str(error))}", code="endpoint-broke-off") from error
-    raise _PassingError(f"{where} cannot be reached: {_safe(str(error))}", code="endpoint-unreachable") from error
+        raise _PassingError(f"{where} broke off its answer: {printable(str(error))}", code="endpoint-broke-off") from error
+    raise _PassingError(f"{where} cannot be reached: {printable(str(error))}", code="endpoint-unreachable") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -475,12 +469,12 @@ def _distrust(error: ssl.SSLCertVerificationError, where: str) -> FetchError:
         )
     if error.verify_code == _WRONG_NAME or "match" in detail:
         return FetchError(
-            f"the certificate is not for {where}: {_safe(detail)}",
+            f"the certificate is not for {where}: {printable(detail)}",
             code="endpoint-wrong-name",
             hint="see the host in endpoint.url, and the names in the endpoint's certificate",
         )
     return FetchError(
-        f"the certificate of {where} is not signed by a CA that is trusted here: {_safe(detail)}",
+        f"the certificate of {where} is not signed by a CA that is trusted here: {printable(detail)}",
         code="endpoint-unknown-ca",
         hint="set endpoint.ca_file or endpoint.ca_pins",
     )

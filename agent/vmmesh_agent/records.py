@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 _LONGEST = 8_192  # characters of one record that are looked at: a listener dump may have megabytes
+_LONGEST_UNFINISHED = 65_536  # bytes kept of a line whose end has not come
 
 
 class Stream(StrEnum):
@@ -78,9 +79,10 @@ class Reader:
         The access log is left out: traffic says nothing about the sidecar. It is nearly all of a busy file, so
         its lines are passed over without making an object of each.
         """
-        lines = self._rest + piece
+        # Truncating a file that is written without O_APPEND leaves a hole of NUL bytes, as long as the file was.
+        lines = self._rest + piece.replace(b"\0", b"")
         end = lines.rfind(b"\n")
-        self._rest = lines[end:]
+        self._rest = lines[end : end + _LONGEST_UNFINISHED]
         last = lines.rfind(b"\n", 0, end) + 1
         if lines[last : last + 1] not in b"[{":
             last = max(lines.rfind(b"\n[", 0, end), lines.rfind(b"\n{", 0, end)) + 1
@@ -109,8 +111,7 @@ class Reader:
         return _moment(self._traffic.decode())
 
     def _add(self, raw: bytes) -> list[Record]:
-        # Truncating a file that is written without O_APPEND leaves a hole of NUL bytes at its start.
-        line = raw.strip(b"\0\r").decode(errors="replace")
+        line = raw.strip(b"\r").decode(errors="replace")
         record = read_record(line, self._stream)
         if record is None and (line.startswith("{") or _TRAFFIC_FRAGMENT.search(line)):
             return []  # up to 1.12 the agent overwrites lines of the access log: a user's words without their head

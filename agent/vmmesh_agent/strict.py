@@ -101,3 +101,9 @@ def shown(value: object) -> str:
     """Make a stranger's value fit for a message: escaped, on one line, short."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """Make a stranger's text fit for a terminal: one line, no escape sequence, short."""
+    line = "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
+    return line if len(line) <= limit else line[: limit - 1] + "…"

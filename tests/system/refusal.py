@@ -5,9 +5,7 @@ the machine after one test is the state before the next, so each test takes one 
 """
 
 import re
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +84,7 @@ class Trial:
     ) -> Refusal:
         """Run a command that shall refuse, and take its complaint apart.
 
-        It is ended after `limit` seconds, and may have 1 GiB of memory.
+        It is ended after `limit` seconds, and may have 2 GiB of memory.
         """
         bounded = ["prlimit", f"--as={2 * 1024**3}", "--core=0", "--", *argv]
         done = self.machine.run(bounded, check=False, timeout=limit, env=env, user=user)
@@ -129,16 +127,3 @@ def assert_fit_for_a_terminal(text: str) -> None:
     wild = sorted({character for character in text if not character.isprintable() and character != "\n"})
     assert not wild, f"{wild} in {text!r}"
     assert "Traceback" not in text
-
-
-@contextmanager
-def background(machine: Machine, argv: Sequence[str], *, until: str) -> Iterator[None]:
-    """Have a command run on the machine for as long as the block lasts; wait until `until` (a shell test) holds."""
-    with machine.spawn(argv) as process:
-        machine.run(["sh", "-ec", f"for i in $(seq 500); do {until} && exit; sleep 0.02; done; exit 1"])
-        try:
-            yield
-        finally:
-            # The process is the way into the machine alone; what runs there is ended there.
-            machine.run(["pkill", "--full", "--exact", shlex.join(argv)], check=False)
-            process.kill()

@@ -809,6 +809,12 @@ def test_a_broken_stream_is_a_blip_first_and_a_condition_when_it_lasts() -> None
     assert verdict(as_text(broke + "\n3610 CONNECTED"), now=3700) == HEALTHY
 
 
+def test_the_journal_says_no_more_after_a_start_that_went_well() -> None:
+    started = f"2025-03-04T00:00:02+0000 db-1 {STARTED}"
+    assert verdict(started, "journal", now=10) == STARTING
+    assert verdict(started, "journal", now=900) == HEALTHY
+
+
 def test_silence_is_normal() -> None:
     assert verdict(as_text(SERVING), now=40 * 60) == HEALTHY
 

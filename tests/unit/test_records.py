@@ -143,6 +143,16 @@ def test_a_hole_of_nul_bytes_is_passed_over() -> None:
     assert (record.scope, record.message) == ("sds", "x")
 
 
+def test_a_hole_and_a_line_without_end_are_not_kept() -> None:
+    reader = Reader(Stream.LOG)
+    for _ in range(100):
+        assert reader.feed(b"\0" * 100_000) == []
+    assert [
+        record.message
+        for record in [*reader.feed(f"{TIME}\tinfo\tx".encode()), *reader.feed(b"y" * 9_000_000), *reader.end()]
+    ] == ["x" + "y" * (len(records(f"{TIME}\tinfo\tx" + "y" * 9_000_000)[0].message) - 1)]
+
+
 def test_bytes_that_are_no_text_are_replaced() -> None:
     [record] = records(f"{TIME}\tinfo\tsds\t".encode() + b"\xff\xfe")
     assert record.message == "\ufffd\ufffd"

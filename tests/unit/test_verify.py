@@ -245,6 +245,7 @@ def test_what_was_verified_cannot_be_changed_afterwards() -> None:
 
 # --- every reason against one ---
 
+HOSTS = b"192.0.2.1 istiod.istio-system.svc\n"
 LONG_AGO = datetime(2001, 1, 1, tzinfo=UTC)
 
 REFUSED: dict[str, tuple[Bundle, tuple[str, str]]] = {
@@ -393,8 +394,8 @@ REFUSED: dict[str, tuple[Bundle, tuple[str, str]]] = {
         )
         for address in ("istiod", "istiod:0", "istiod:65536", "istiod:http", "a b:1", "-:", 15012, None, ["a:1"], "")
     },
-    "hosts has no address": (a_bundle(hosts=b"istiod.istio-system.svc\n"), ("hosts", "hosts-malformed")),
-    "hosts has an address alone": (a_bundle(hosts=b"192.0.2.1\n"), ("hosts", "hosts-malformed")),
+    "hosts has no address": (a_bundle(hosts=HOSTS + b"istiod.istio-system.svc\n"), ("hosts", "hosts-malformed")),
+    "hosts has an address alone": (a_bundle(hosts=HOSTS + b"192.0.2.1\n"), ("hosts", "hosts-malformed")),
     "hosts names a search engine": (
         a_bundle(hosts=b"192.0.2.1 istiod.istio-system.svc search.example.com\n"),
         ("hosts", "hosts-foreign-name"),
