@@ -70,6 +70,7 @@ def _run(options: argparse.Namespace) -> int:
 def _bootstrap(options: argparse.Namespace) -> int:
     from vmmesh_agent import report
     from vmmesh_agent.reconcile import LOCK, World, reconcile, settle
+    from vmmesh_agent.report import Known
     from vmmesh_agent.watch import Watch, describe
 
     host = Host(options.root)
@@ -84,13 +85,15 @@ def _bootstrap(options: argparse.Namespace) -> int:
         try:
             joined = reconcile(world, watch)
             if host.is_running:
-                settle(world, watch)
+                settle(world, watch, joined.known)
         except AgentError as error:
             trouble = error
+        before = report.load(host)
+        known = joined.known if joined else before.known if before else Known()
         current = describe(
-            watch.observe(world.now()),
-            known=joined.known if joined else None,
-            before=report.load(host),
+            watch.observe(world.now(), known),
+            known=known,
+            before=before,
             trouble=trouble,
             moment=world.now(),
             by_daemon=False,
@@ -270,9 +273,10 @@ def _current(host: Host) -> "Report":
     from vmmesh_agent.units import Units
     from vmmesh_agent.watch import Watch, describe
 
-    known = (before.unit.invocation, before.health) if before else None
-    observation = Watch(host, Units(host), known=known).observe(moment)
-    return describe(observation, known=None, before=before, trouble=None, moment=moment, by_daemon=False)
+    last = (before.unit.invocation, before.health) if before else None
+    known = before.known if before else report.Known()
+    observation = Watch(host, Units(host), known=last, follows=False).observe(moment, known)
+    return describe(observation, known=known, before=before, trouble=None, moment=moment, by_daemon=False)
 
 
 def _show(current: "Report") -> None:

@@ -50,7 +50,7 @@ _REFUSED_PREFIXES = tuple(
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DNS_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,251}[a-z0-9])?")
-_PORTS = re.compile(r"\d{1,5}(,\d{1,5})*")
+_PORTS = re.compile(r"[0-9]{1,5}(,[0-9]{1,5})*")
 
 
 class ClusterEnvError(ValueError):

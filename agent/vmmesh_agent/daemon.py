@@ -17,7 +17,7 @@ from vmmesh_agent.errors import AgentError, ConfigurationError
 from vmmesh_agent.host import Host
 from vmmesh_agent.log import Logger
 from vmmesh_agent.reconcile import LOCK, Joined, Step, World, reconcile
-from vmmesh_agent.report import Report
+from vmmesh_agent.report import Known, Report
 from vmmesh_agent.units import Units
 from vmmesh_agent.watch import Watch, describe
 
@@ -95,9 +95,10 @@ class Daemon:
         """Tell the status record and systemd; write only what is new, or old enough to look stale."""
         moment = self.now()
         before = self.reported
+        known = self.joined.known if self.joined else before.known if before else Known()
         current = describe(
-            watch.observe(moment),
-            known=self.joined.known if self.joined else None,
+            watch.observe(moment, known),
+            known=known,
             before=before,
             trouble=self.trouble,
             moment=moment,

@@ -42,11 +42,14 @@ OnRetry = Callable[[AgentError], None]
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """An answer of the endpoint: `bundle` is None where the one with our `etag` still stands; `date` is its clock."""
+    """An answer of the endpoint: `bundle` is None where the one with our `etag` still stands.
+
+    `clock_offset` is the endpoint's clock less ours in seconds, None where it did not say.
+    """
 
     bundle: Bundle | None
     etag: str = ""
-    date: str = ""
+    clock_offset: float | None = None
 
 
 def fetch(
@@ -65,14 +68,15 @@ def fetch(
     }
     with _child(host, request) as child:
         answer = _last_event(child, patience, on_retry)
+    offset = answer.get("clock_offset")
+    if not isinstance(offset, float):
+        offset = None
     if answer["event"] == "not-modified":
-        return Fetched(None, etag, str(answer.get("date", "")))
+        return Fetched(None, etag, offset)
     if answer["event"] != "bundle" or not isinstance(answer.get("bundle"), dict):
         raise _broken("an answer that is none")
     etag = str(answer.get("etag", ""))
-    return Fetched(
-        bundles.from_json(answer["bundle"]), etag if _ETAG.fullmatch(etag) else "", str(answer.get("date", ""))
-    )
+    return Fetched(bundles.from_json(answer["bundle"]), etag if _ETAG.fullmatch(etag) else "", offset)
 
 
 def read_bundle(host: Host, path: PurePosixPath) -> Bundle:

@@ -109,11 +109,27 @@ class Host:
         return None
 
     def resolves(self, name: str) -> bool:
-        """Does this machine's resolver (hosts file, DNS, whatever it has) find an address for the name?"""
+        """Does this machine's resolver find an address for the name?"""
+        return bool(self.addresses(name, timeout=20))
+
+    def addresses(self, name: str, timeout: float) -> tuple[str, ...] | None:
+        """Return what the machine's resolver (hosts file, DNS, whatever it has) finds, the first choice first.
+
+        None where it does not answer within `timeout` seconds, which getaddrinfo(3) itself cannot promise.
+        """
         try:
-            return bool(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError):  # a name that IDNA cannot encode is a UnicodeError
+            found = self.run(["getent", "ahosts", "--", name], timeout=timeout, check=False)
+        except HostError:
+            return None
+        return tuple(dict.fromkeys(line.split()[0] for line in found.stdout.splitlines() if line.strip()))
+
+    def answers(self, port: int, timeout: float) -> bool:
+        """Does something accept connections on this port of the loopback interface?"""
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout).close()
+        except OSError:
             return False
+        return True
 
     @property
     def name(self) -> str:

@@ -8,8 +8,8 @@ The request is one JSON document on standard input, credentials included; nothin
 the environment or on disk. The answer is JSON lines on standard output, each an object with the key `event`:
 
     retry         an attempt failed and another will follow: code, message, hint, wait (seconds)
-    bundle        bundle (version 1 of the format), etag, date
-    not-modified  etag still stands: date
+    bundle        bundle (version 1 of the format), etag, clock_offset (the endpoint's less ours, in seconds, or null)
+    not-modified  etag still stands: clock_offset
     stored        a package was written to standard output's neighbour, the descriptor `request.descriptor`
     failed        code, message, hint, retry
 
@@ -44,6 +44,7 @@ _CHUNK = 256 * 1024
 _MAX_WAIT = 60.0  # seconds between attempts, unless the server asks for more
 _MAX_RETRY_AFTER = 3600.0
 _MAX_PACKAGE_SECONDS = 3600.0
+_MAX_REDIRECTS = 5
 
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 
@@ -136,7 +137,10 @@ def _bundle(request: Mapping[str, Any]) -> dict[str, Any]:
         **request["headers"],
     }
     with _within(request["timeout"]), _response(request, headers, follow_redirects=False) as response:
-        seen = {"date": response.headers.get("Date", ""), "etag": response.headers.get("ETag", "")}
+        seen = {
+            "etag": response.headers.get("ETag", ""),
+            "clock_offset": _seconds_until(response.headers.get("Date", "")),
+        }
         if response.status_code == httpx.codes.NOT_MODIFIED:
             if "If-None-Match" not in headers:
                 raise FetchError("the endpoint says 'not modified' unasked", code="endpoint-malformed-answer")
@@ -216,7 +220,7 @@ def _response(
         target = client.build_request("GET", request["url"], headers=outgoing)
         with _understood(target):
             response = client.send(target, stream=True)
-            while follow_redirects and response.next_request:
+            if follow_redirects:
                 response = _redirected(client, response)
         try:
             _refuse_errors(response)
@@ -234,14 +238,18 @@ def _client(request: Mapping[str, Any], context: ssl.SSLContext) -> httpx.Client
         ) from None
 
 
-def _redirected(client: httpx.Client, response: httpx.Response, _most: int = 5) -> httpx.Response:
-    """Follow one redirection, to https only; httpx leaves the credential out for another host."""
-    response.close()
-    onward = response.next_request
-    assert onward is not None  # noqa: S101  # the caller looked
-    if onward.url.scheme != "https" or len(response.history) >= _most:
-        raise FetchError(f"redirected to {printable(str(onward.url))}, which is not followed", code="endpoint-redirects")
-    return client.send(onward, stream=True)
+def _redirected(client: httpx.Client, response: httpx.Response) -> httpx.Response:
+    """Follow redirections, to https only; httpx leaves the credential out for another host."""
+    for _ in range(_MAX_REDIRECTS):
+        onward = response.next_request
+        if onward is None:
+            return response
+        response.close()
+        if onward.url.scheme != "https":
+            break
+        response = client.send(onward, stream=True)
+    where = printable(response.headers.get("Location", ""))
+    raise FetchError(f"redirected to {where!r}, which is not followed", code="endpoint-redirects")
 
 
 # --- trust ---
@@ -315,19 +323,13 @@ def _certificates_of(connection: Any) -> list[bytes]:
 
 
 def _present_client_certificate(context: ssl.SSLContext, request: Mapping[str, Any]) -> None:
-    """Load the certificate and key, which OpenSSL takes only from a file: one in memory, which ends with us."""
-    if not request["client_certificate"]:
-        return
-    descriptor = os.memfd_create("client-certificate")
-    try:
-        os.write(descriptor, request["client_certificate"].encode())
-        context.load_cert_chain(f"/proc/self/fd/{descriptor}", password=lambda: "")
-    except ssl.SSLError as error:
-        raise FetchError(
-            f"the client certificate and its key do not fit: {error.reason}", code="client-certificate-invalid"
-        ) from None
-    finally:
-        os.close(descriptor)
+    if request["client_certificate"]:
+        try:
+            x509.load_chain(context, request["client_certificate"].encode())
+        except ssl.SSLError as error:
+            raise FetchError(
+                f"the client certificate and its key do not fit: {error.reason}", code="client-certificate-invalid"
+            ) from None
 
 
 # --- what went wrong ---
@@ -397,14 +399,18 @@ def _reason(response: httpx.Response) -> str:
 def _retry_after(response: httpx.Response) -> float:
     """Return the server's Retry-After in seconds, 0 where it gave none (RFC 9110, section 10.2.3)."""
     value = response.headers.get("Retry-After", "").strip()
-    if value.isdecimal():
+    if value.isascii() and value.isdecimal():
         return float(value[:9])
+    return max(0.0, _seconds_until(value) or 0.0)
+
+
+def _seconds_until(date: str) -> float | None:
+    """Return how far ahead of our clock an HTTP date is, None where it is none."""
     try:
-        moment = email.utils.parsedate_to_datetime(value)
-        wait = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        moment = email.utils.parsedate_to_datetime(date)
+        return (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     except (ValueError, OverflowError):
-        return 0
-    return max(0.0, wait)
+        return None
 
 
 @contextlib.contextmanager
@@ -435,16 +441,15 @@ def _explain(error: httpx.HTTPError, where: str) -> NoReturn:
             raise _PassingError(f"{where} refuses connections", code="endpoint-refuses-connections") from error
         if isinstance(cause, ConnectionResetError):
             raise _PassingError(f"{where} reset the connection", code="endpoint-reset") from error
+    said = printable(str(error))
     if isinstance(error, httpx.TimeoutException):
         code = "endpoint-unreachable" if isinstance(error, httpx.ConnectTimeout) else "endpoint-too-slow"
         raise _PassingError(f"{where} does not answer in time", code=code) from error
     if isinstance(error, httpx.ProxyError):
-        raise _PassingError(
-            f"the proxy refused: {printable(str(error))}", code="proxy-refused", hint="see https_proxy"
-        ) from error
+        raise _PassingError(f"the proxy refused: {said}", code="proxy-refused", hint="see https_proxy") from error
     if isinstance(error, httpx.RemoteProtocolError):
-        raise _PassingError(f"{where} broke off its answer: {printable(str(error))}", code="endpoint-broke-off") from error
-    raise _PassingError(f"{where} cannot be reached: {printable(str(error))}", code="endpoint-unreachable") from error
+        raise _PassingError(f"{where} broke off its answer: {said}", code="endpoint-broke-off") from error
+    raise _PassingError(f"{where} cannot be reached: {said}", code="endpoint-unreachable") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -83,11 +83,20 @@ class Joined:
     bundle: VerifiedBundle
     sidecar_version: str
     changed: tuple[str, ...]
+    clock_offset: float | None  # the endpoint's clock less ours, in seconds
 
     @property
     def known(self) -> Known:
         """What the status record shows of it."""
-        return Known(str(self.bundle.workload), self.bundle.token_expires_at, self.sidecar_version)
+        istiod = self.bundle.discovery.rpartition(":")[0].strip("[]")
+        return Known(
+            workload=str(self.bundle.workload),
+            token_expires_at=self.bundle.token_expires_at,
+            sidecar_version=self.sidecar_version,
+            istiod=istiod,
+            istiod_addresses=tuple(line.address for line in self.bundle.hosts if istiod in line.names),
+            clock_offset=self.clock_offset,
+        )
 
 
 def reconcile(world: World, watch: Watch) -> Joined:
@@ -96,24 +105,24 @@ def reconcile(world: World, watch: Watch) -> Joined:
     with _Package(world) as package:
         if world.config.sidecar.package:
             package.choose(None)  # known already: its download goes on beside the fetching and verifying
-        fetched = _fetch(world)
+        fetched, clock_offset = _fetch(world)
         bundle = _verify(world, fetched.bundle)
         package.choose(bundle.sidecar)
         version, installed = _install(world, package)
     placed = _place(world, bundle)
     store.save(world.host, fetched)
     started = _start(world, watch)
-    return Joined(bundle, version, (*installed, *placed, *started))
+    return Joined(bundle, version, (*installed, *placed, *started), clock_offset)
 
 
-def settle(world: World, watch: Watch) -> Health:
+def settle(world: World, watch: Watch, known: Known) -> Health:
     """Wait until the sidecar is in the mesh, is past hope, or the time is up. Return how it is then."""
     with world.progress.step("watch") as step:
         limit = world.config.healthy_within
         deadline = time.monotonic() + (limit if world.patience is None else min(limit, world.left() or 0.0))
         hopeless = _Hopeless()
         while True:
-            health = watch.observe(world.now()).health
+            health = watch.observe(world.now(), known).health
             step.says(str(health.state) if health.cause == "none" else f"{health.state}: {health.cause}")
             if health.state in _SETTLED or hopeless.after(health) or time.monotonic() >= deadline:
                 return health
@@ -122,7 +131,7 @@ def settle(world: World, watch: Watch) -> Health:
 
 def preview(world: World) -> tuple[VerifiedBundle, install.Plan, tuple[place.Change, ...]]:
     """Say what `reconcile` would change, and change nothing."""
-    fetched = _fetch(world)
+    fetched, _ = _fetch(world)
     bundle = _verify(world, fetched.bundle)
     package = install.plan(world.host, world.config, bundle.sidecar, managers(world.host))
     return bundle, package, place.plan(world.host, bundle, _previous_root(world.host), world.now())
@@ -149,7 +158,8 @@ def restore(host: Host, progress: Progress, moment: datetime) -> None:
 # --- the steps ---
 
 
-def _fetch(world: World) -> Stored:
+def _fetch(world: World) -> tuple[Stored, float | None]:
+    """Return the bundle in force, and the endpoint's clock less ours in seconds."""
     stored = store.load(world.host)
     source = world.config.endpoint.url
     known = stored if stored and stored.source == source else None
@@ -163,10 +173,10 @@ def _fetch(world: World) -> Stored:
         )
         if answer.bundle is None and known:
             step.says("unchanged")
-            return known
+            return known, answer.clock_offset
         assert answer.bundle is not None  # noqa: S101  # "unchanged" answers only a known etag
-        step.says(source)
-        return Stored(answer.bundle, answer.etag, source, world.now())
+        step.says(source.partition("?")[0])  # a presigned address has its credential in the query
+        return Stored(answer.bundle, answer.etag, source, world.now()), answer.clock_offset
 
 
 def _verify(world: World, bundle: Bundle) -> VerifiedBundle:

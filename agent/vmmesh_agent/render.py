@@ -79,6 +79,8 @@ def _facts(report: Report, now: datetime) -> Iterator[tuple[str, str]]:
         process = f", process {report.unit.main_pid}" if report.unit.main_pid else ""
         version = f"{report.known.sidecar_version}, " if report.known.sidecar_version else ""
         yield "sidecar", f"{version}istio.service {report.unit.active} ({report.unit.sub}){process}{restarts}"
+    if report.unseen:
+        yield "not seen", f"{', '.join(report.unseen)}: that takes root"
     age = (now - report.updated_at).total_seconds()
     seen = "just now" if age < 2 else f"{_span(age)} ago"
     yield "seen", f"{seen}, by the daemon" if report.by_daemon else f"{seen}; the daemon is not running"

@@ -22,11 +22,18 @@ FRESH_SECONDS = 60  # the daemon writes at least twice in this time
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What joining told: the WorkloadGroup (`namespace/name`), when the token expires, the installed version."""
+    """What joining told.
+
+    The WorkloadGroup (`namespace/name`), when the token expires, the installed version, istiod's host name and the
+    addresses that the bundle gives it, and the endpoint's clock less ours in seconds.
+    """
 
     workload: str = ""
     token_expires_at: datetime | None = None
     sidecar_version: str = ""
+    istiod: str = ""
+    istiod_addresses: tuple[str, ...] = ()
+    clock_offset: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,7 @@ class Report:
     updated_at: datetime
     known: Known = Known()
     certificate_not_after: datetime | None = None
+    unseen: tuple[str, ...] = ()
     by_daemon: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -48,8 +56,11 @@ class Report:
             **health_as_dict(self.health),
             "workload": {"namespace": namespace, "name": name} if self.known.workload else {},
             "bundle": {"token_expires_at": _written(self.known.token_expires_at)},
+            "istiod": {"name": self.known.istiod, "addresses": list(self.known.istiod_addresses)},
+            "clock_offset_seconds": self.known.clock_offset,
             "certificate": {"not_after": _written(self.certificate_not_after)},
             "sidecar": {"version": self.known.sidecar_version or None, "unit": asdict(self.unit)},
+            "unseen": list(self.unseen),
             "daemon": self.by_daemon,
             "updated_at": _written(self.updated_at),
         }
@@ -89,8 +100,12 @@ def from_dict(document: Mapping[str, Any]) -> Report:
             workload=f"{workload['namespace']}/{workload['name']}" if workload else "",
             token_expires_at=_read_time(document["bundle"]["token_expires_at"]),
             sidecar_version=str(sidecar["version"] or ""),
+            istiod=str(document["istiod"]["name"]),
+            istiod_addresses=tuple(map(str, document["istiod"]["addresses"])),
+            clock_offset=document["clock_offset_seconds"],
         ),
         certificate_not_after=_read_time(document["certificate"]["not_after"]),
+        unseen=tuple(map(str, document["unseen"])),
         by_daemon=bool(document["daemon"]),
     )
 
@@ -122,7 +137,8 @@ def with_trouble(health: Health, trouble: AgentError | None, moment: datetime) -
         remedy=trouble.hint,
         since=moment,
     )
-    conditions = worst_first((condition, *health.conditions))
+    others = (other for other in health.conditions if other.code != condition.code)
+    conditions = worst_first((condition, *others))
     state = State.DEGRADED if serves else State.FAILED if health.state is State.UNKNOWN else health.state
     return Health(state, conditions[0].code, conditions)
 

@@ -33,7 +33,7 @@ _LIMITS = {  # bytes; a ConfigMap or a Secret as a whole holds 1 MiB at most
     bundles.HOSTS: 64 * 1024,
 }
 _JWT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
-_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):(\d{1,5})")
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CLOCK_HINT = "see that this machine's clock is right (timedatectl)"
 

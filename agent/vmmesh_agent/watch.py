@@ -1,41 +1,51 @@
 """New lines of the sidecar's logs, and what systemd says of its unit → health."""
 
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 
-from vmmesh_agent import report, x509
+from vmmesh_agent import report, signals
 from vmmesh_agent.diagnosis import Diagnosis
 from vmmesh_agent.errors import AgentError
-from vmmesh_agent.health import Condition, Health, Severity, State
+from vmmesh_agent.health import Condition, Health, Severity, State, worst_first
 from vmmesh_agent.host import Host, LogFile
 from vmmesh_agent.records import Stream
 from vmmesh_agent.report import Known, Report
+from vmmesh_agent.signals import Expected, Signals
 from vmmesh_agent.units import ISTIO, Units, UnitState
 
 LOGS = {
     Stream.LOG: PurePosixPath("/var/log/istio/istio.log"),
     Stream.ERR: PurePosixPath("/var/log/istio/istio.err.log"),
 }
-_CERT_CHAIN = PurePosixPath("/etc/certs/cert-chain.pem")
 _TAIL = 8 * 1024**2  # bytes of an existing log that are read back to find the run's start
 _CURSOR = "-- cursor: "
+_GRACE = timedelta(seconds=20)  # after a start, before ports, certificate and capture are missed
+
+# What a failed sidecar brings with it: no news beside the cause.
+_CONSEQUENCES = frozenset({"envoy_silent", "iptables_failed", "renewal_overdue"})
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """The sidecar at one moment. `certificate_not_after` is of its own certificate, None where none can be read."""
+    """The sidecar at one moment: what follows from all signals, and what the record shows of them."""
 
     health: Health
     unit: UnitState
     certificate_not_after: datetime | None
+    unseen: tuple[str, ...]
 
 
 class Watch:
     """Follows one sidecar. Begins with what its logs hold already; `begin_anew` leaves that out."""
 
-    def __init__(self, host: Host, units: Units, *, known: tuple[str, Health] | None = None) -> None:
-        """`known` is a unit's invocation and its health as last recorded: a log that was rotated is silent."""
+    def __init__(
+        self, host: Host, units: Units, *, known: tuple[str, Health] | None = None, follows: bool = True
+    ) -> None:
+        """`known` is a unit's invocation and its health as last recorded: a log that was rotated is silent.
+
+        One that `follows` looks again and again, and reports of the machine only what it saw twice.
+        """
         self._host = host
         self._units = units
         self._known = known
@@ -44,6 +54,10 @@ class Watch:
         self._cursor = ""
         self._restarts = 0
         self._is_new_run = False
+        self._is_following = follows
+        self._invocation: str | None = None
+        self._running_since = datetime.min.replace(tzinfo=UTC)
+        self._seen: dict[str, datetime] = {}
 
     def begin_anew(self) -> None:
         """Forget what was read and leave out what is there: only the run that starts now counts."""
@@ -57,8 +71,8 @@ class Watch:
             self._read_journal()
             self._diagnosis = Diagnosis()
 
-    def observe(self, now: datetime) -> Observation:
-        """Read on and judge."""
+    def observe(self, now: datetime, known: Known) -> Observation:
+        """Read on, look at the machine, and judge; `known` is what joining told."""
         for stream, file in self._files.items():
             while chunk := file.read():
                 self._diagnosis.feed(chunk, stream)
@@ -67,7 +81,14 @@ class Watch:
             # What goes wrong before the logs are opened (iptables, sudo) is told to the journal alone.
             self._read_journal()
         self._restarts = unit.restarts
-        return Observation(self._health(unit, now), unit, self._certificate_end())
+        self._note_start(unit, now)
+        seen = signals.gather(self._host, known.istiod)
+        return Observation(
+            self._combined(self._health(unit, now), unit, seen, known, now),
+            unit,
+            seen.certificate.not_after if seen.certificate else None,
+            seen.unseen,
+        )
 
     def close(self) -> None:
         for file in self._files.values():
@@ -89,13 +110,38 @@ class Watch:
             return self._known[1]
         return Health(State.STARTING) if self._is_new_run else Health(State.UNKNOWN, "none", (_SILENT,))
 
-    def _certificate_end(self) -> datetime | None:
-        """Only root and istio-proxy may read the sidecar's certificate."""
-        try:
-            content = self._host.read(_CERT_CHAIN)
-            return x509.read_pem(content.decode())[0].not_after if content else None
-        except (AgentError, x509.CertificateError, UnicodeDecodeError):
-            return None
+    def _note_start(self, unit: UnitState, now: datetime) -> None:
+        """Remember since when this start of the unit is known: what it has not done yet is no failure at first."""
+        if unit.invocation != self._invocation:
+            # A unit that ran before we looked has had its time; one that changes under our eyes has it before it.
+            self._running_since = now if self._invocation is not None else now - _GRACE
+            self._invocation = unit.invocation
+
+    def _combined(self, logs: Health, unit: UnitState, seen: Signals, known: Known, now: datetime) -> Health:
+        """Add what the machine shows to what logs and unit say. A word of the logs goes before the same of others."""
+        expected = Expected(
+            known.istiod,
+            known.istiod_addresses,
+            known.token_expires_at,
+            None if known.clock_offset is None else timedelta(seconds=known.clock_offset),
+        )
+        if logs.state is State.NOT_JOINED or (unit.is_running and now - self._running_since < _GRACE):
+            return logs
+        causes = {condition.code for condition in logs.conditions}
+        found = [
+            condition
+            for condition in signals.conditions(seen, expected, is_running=unit.is_running, now=now)
+            if condition.code not in causes and not (logs.state is State.FAILED and condition.code in _CONSEQUENCES)
+        ]
+        return _with_conditions(logs, self._lasting(found, now))
+
+    def _lasting(self, found: list[Condition], now: datetime) -> list[Condition]:
+        """Leave out what was seen only once: one look may fall into a restart or a rotation."""
+        before = self._seen
+        self._seen = {condition.code: before.get(condition.code, now) for condition in found}
+        if not self._is_following:
+            return found
+        return [condition for condition in found if condition.code in before]
 
     def _read_journal(self) -> None:
         """Read what the journal has of the unit since the last time."""
@@ -135,10 +181,23 @@ _NO_SYSTEMD = Condition(
 )
 
 
+def _with_conditions(health: Health, found: list[Condition]) -> Health:
+    if not found:
+        return health
+    conditions = worst_first((*health.conditions, *found))
+    worst = conditions[0]
+    if worst.severity is Severity.NOTE:
+        return replace(health, conditions=conditions)
+    state = State.FAILED if worst.severity is Severity.FAILED else State.DEGRADED
+    # A sidecar that is stopped, or not known, does not become "degraded" by what else is wrong.
+    keeps = health.state in {State.STOPPED, State.UNKNOWN, State.STARTING, State.FAILED}
+    return Health(health.state if keeps else state, health.cause if keeps else worst.code, conditions)
+
+
 def describe(
     observation: Observation,
     *,
-    known: Known | None,
+    known: Known,
     before: Report | None,
     trouble: AgentError | None,
     moment: datetime,
@@ -150,7 +209,8 @@ def describe(
         health=report.keeping_since(health, before.health if before else None, moment),
         unit=observation.unit,
         updated_at=moment,
-        known=known or (before.known if before else Known()),
+        known=known,
         certificate_not_after=observation.certificate_not_after or (before.certificate_not_after if before else None),
+        unseen=observation.unseen,
         by_daemon=by_daemon,
     )

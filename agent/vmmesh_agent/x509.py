@@ -6,6 +6,7 @@ subjectPublicKeyInfo (RFC 5280, section 4.1).
 """
 
 import hashlib
+import os
 import re
 import ssl
 from collections.abc import Iterator
@@ -83,6 +84,35 @@ def _read_fields(der: bytes, *, is_ca: bool) -> Certificate:
         pin="sha256:" + hashlib.sha256(der[public_key[0] : public_key[1]]).hexdigest(),
         is_ca=is_ca,
     )
+
+
+def load_chain(context: ssl.SSLContext, *pem: bytes) -> None:
+    """Give a context a certificate chain and its key, PEM. Raise `ssl.SSLError` where they do not fit.
+
+    OpenSSL takes them from a file alone: one in memory, which ends with this call.
+    """
+    descriptor = os.memfd_create("chain")
+    try:
+        os.write(descriptor, b"\n".join(pem))
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}", password=lambda: "")
+    finally:
+        os.close(descriptor)
+
+
+def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
+    """Let two contexts agree on a connection in memory. Raise `ssl.SSLError` where one distrusts the other."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    while ends:
+        for end in list(ends):
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue  # the other end speaks next
+            ends.remove(end)
 
 
 def _content(der: bytes, start: int, _end: int = 0) -> tuple[int, int]:

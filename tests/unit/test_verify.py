@@ -128,7 +128,7 @@ def test_keys_that_later_releases_add_are_kept_with(value: str) -> None:
         {"TRUST_DOMAIN": ""},
         {"TRUST_DOMAIN": "td.example.com"},
         {"ISTIO_SERVICE_CIDR": "10.96.0.0/12,2001:db8::/64"},
-        {"PROXY_CONFIG": "{}", "my_Own_metadata": "anything"},
+        {"my_Own_metadata": "anything", "ISTIO_META_X": "{}"},
     ],
     ids=str,
 )

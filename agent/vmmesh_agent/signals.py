@@ -1,0 +1,281 @@
+"""What the machine itself shows of the sidecar, beside its logs: certificates, capture, ports, names, disk.
+
+`gather` looks, each look bounded in time; `conditions` judges what was seen, and is pure. What could not be seen
+(it is not there, or it takes root) is None and is named in `Signals.unseen`: absence of evidence is said, never
+taken for health or for a failure.
+"""
+
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import PurePosixPath
+
+from vmmesh_agent import x509
+from vmmesh_agent.errors import AgentError
+from vmmesh_agent.health import Condition, Severity
+from vmmesh_agent.host import Host
+
+CERT_CHAIN = PurePosixPath("/etc/certs/cert-chain.pem")
+KEY = PurePosixPath("/etc/certs/key.pem")
+ROOT_CERT = PurePosixPath("/etc/certs/root-cert.pem")
+TOKEN = PurePosixPath("/var/run/secrets/tokens/istio-token")
+SIDECAR_ENV = PurePosixPath("/var/lib/istio/envoy/sidecar.env")
+LOG_FOLDER = PurePosixPath("/var/log/istio")
+
+READY_PORT = 15021  # Envoy's own listener: answers as long as Envoy does, whatever it says
+_CHAIN = "ISTIO_OUTPUT"  # the chain of the nat table that is there whenever traffic is captured
+_SECONDS = 2.0  # for each look
+
+_LOW_SPACE = 32 * 1024**2  # bytes left in the log folder's file system
+_LARGE_LOGS = 1024**3  # bytes that the logs may take up before a word is said
+_SKEW = timedelta(seconds=60)
+_OVERDUE = 0.25  # of a certificate's life: pilot-agent renews at about half
+
+
+@dataclass(frozen=True, slots=True)
+class OwnCertificate:
+    """The sidecar's own certificate; `is_trusted` says whether the root certificate on disk signed it."""
+
+    not_before: datetime
+    not_after: datetime
+    is_trusted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """One look at the machine. Times are aware and in UTC, sizes in bytes; None is what could not be seen."""
+
+    certificate: OwnCertificate | None = None
+    has_token: bool | None = None
+    is_captured: bool | None = None
+    captures_by_itself: bool = True  # unless the machine's own sidecar.env says that iptables are somebody else's
+    envoy_answers: bool | None = None
+    istiod_addresses: tuple[str, ...] | None = None
+    log_space: int | None = None
+    log_size: int | None = None
+    unseen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What should be: istiod's name and the addresses that the bundle's hosts give it, the token's end, the clock."""
+
+    istiod: str = ""
+    addresses: tuple[str, ...] = ()
+    token_expires_at: datetime | None = None
+    clock_offset: timedelta | None = None  # the endpoint's clock less ours
+
+
+def gather(host: Host, istiod: str) -> Signals:
+    """Look at everything once. `istiod` is the name to resolve, empty where none is known."""
+    is_root = host.is_root
+    return Signals(
+        certificate=_certificate(host) if is_root else None,
+        has_token=_exists(host, TOKEN) if is_root else None,
+        is_captured=_is_captured(host) if is_root else None,
+        captures_by_itself=b"ISTIO_CUSTOM_IP_TABLES=true" not in (_read(host, SIDECAR_ENV) or b"").replace(b'"', b""),
+        envoy_answers=host.answers(READY_PORT, _SECONDS),
+        istiod_addresses=host.addresses(istiod, _SECONDS) if istiod else None,
+        log_space=_or_none(host, LOG_FOLDER),
+        log_size=_size_of_logs(host),
+        unseen=() if is_root else ("the sidecar's certificate", "the token", "traffic capture"),
+    )
+
+
+def conditions(signals: Signals, expected: Expected, *, is_running: bool, now: datetime) -> Iterator[Condition]:
+    """Yield what is wrong with what was seen; `is_running` says whether istio.service should be at work."""
+    if is_running:
+        yield from _certificate_conditions(signals, expected, now)
+        if signals.is_captured is False and signals.captures_by_itself:
+            yield _NOT_CAPTURED
+        if signals.envoy_answers is False:
+            yield _ENVOY_SILENT
+        yield from _name_conditions(signals, expected)
+    elif signals.is_captured:
+        yield _LEFT_BEHIND
+    if expected.clock_offset is not None and abs(expected.clock_offset) > _SKEW:
+        seconds = expected.clock_offset.total_seconds()
+        yield Condition(
+            "clock_skew",
+            Severity.DEGRADED,
+            f"The clock of this VM is {abs(seconds):.0f} s {'behind' if seconds > 0 else 'ahead of'} the endpoint's.",
+            "Run `timedatectl`, and repair time synchronisation.",
+        )
+    if signals.log_space is not None and signals.log_space < _LOW_SPACE:
+        yield Condition(
+            "disk_full",
+            Severity.DEGRADED,
+            f"Only {signals.log_space // 1024**2} MiB are left where the sidecar writes its logs ({LOG_FOLDER}).",
+            f"Make room: `df -h {LOG_FOLDER}`, `du -sh {LOG_FOLDER}/*`.",
+        )
+    if signals.log_size is not None and signals.log_size > _LARGE_LOGS:
+        yield Condition(
+            "logs_large",
+            Severity.NOTE,
+            f"The sidecar's logs take up {signals.log_size // 1024**2} MiB.",
+            "Rotate them with copytruncate (the agent's package brings a rule for logrotate).",
+        )
+
+
+def _certificate_conditions(signals: Signals, expected: Expected, now: datetime) -> Iterator[Condition]:
+    certificate = signals.certificate
+    token_is_dead = expected.token_expires_at is not None and expected.token_expires_at <= now
+    if signals.has_token is False:
+        yield Condition(
+            "token_missing",
+            Severity.DEGRADED,
+            f"The token is not in its place ({TOKEN}).",
+            "Run `vmmesh-agent restore`; it also runs at each boot, as vmmesh-agent-restore.service.",
+        )
+    if certificate is None:
+        return
+    if certificate.not_after <= now:
+        yield Condition(
+            "cert_expired",
+            Severity.FAILED,
+            f"The sidecar's certificate expired at {_utc(certificate.not_after)}; no peer accepts it any more.",
+            "Run `vmmesh-agent bootstrap` for a new token, then `systemctl restart istio`.",
+        )
+        return
+    if not certificate.is_trusted:
+        yield Condition(
+            "root_cert_mismatch",
+            Severity.DEGRADED,
+            f"The sidecar's certificate is not signed by the root in {ROOT_CERT}: one of the two is another mesh's.",
+            "Run `vmmesh-agent bootstrap` for the mesh's root, then `systemctl restart istio`.",
+        )
+    life = certificate.not_after - certificate.not_before
+    if certificate.not_after - now < life * _OVERDUE:
+        dead = " and the token is already expired" if token_is_dead else ""
+        yield Condition(
+            "renewal_overdue",
+            Severity.DEGRADED,
+            f"The sidecar's certificate was not renewed{dead}: this VM drops out at {_utc(certificate.not_after)}.",
+            "Run `vmmesh-agent bootstrap` for a new token, then `systemctl restart istio`; then see what still fails.",
+        )
+
+
+def _name_conditions(signals: Signals, expected: Expected) -> Iterator[Condition]:
+    found = signals.istiod_addresses
+    if found is None or not expected.istiod:
+        return
+    if not found:
+        yield Condition(
+            "dns_unresolved",
+            Severity.DEGRADED,
+            f"This machine finds no address for {expected.istiod}.",
+            "Run `vmmesh-agent bootstrap`: it writes the bundle's address into /etc/hosts. Where the bundle has none,"
+            " repair this machine's DNS.",
+        )
+    elif expected.addresses and found[0] not in expected.addresses:
+        yield Condition(
+            "istiod_address_mismatch",
+            Severity.DEGRADED,
+            f"{expected.istiod} leads to {found[0]}; the bundle says {', '.join(expected.addresses)}.",
+            f"Look for another line that names it: grep -n {expected.istiod} /etc/hosts; the first line wins.",
+        )
+
+
+_NOT_CAPTURED = Condition(
+    "iptables_failed",
+    Severity.DEGRADED,
+    "The sidecar runs, but no traffic is redirected to it: its iptables chains are gone.",
+    "Run `systemctl restart istio`, which sets them; then find out what flushed them (firewalld, docker, a script).",
+)
+_LEFT_BEHIND = Condition(
+    "capture_left_behind",
+    Severity.DEGRADED,
+    "The sidecar does not run, but traffic is still redirected to it: connections of this machine go nowhere.",
+    "Run `/usr/local/bin/istio-start.sh clean`, or start the sidecar: systemctl start istio.",
+)
+_ENVOY_SILENT = Condition(
+    "envoy_silent",
+    Severity.FAILED,
+    f"Envoy accepts no connection on its health port {READY_PORT}, although the sidecar runs.",
+    "Run `systemctl restart istio`; if it stays so, read /var/log/istio/istio.err.log.",
+)
+
+
+# --- looking ---
+
+
+def own_certificate(chain: bytes, key: bytes, roots: bytes) -> OwnCertificate:
+    """Read the chain and let OpenSSL itself judge, in a handshake in memory, whether these roots signed it.
+
+    Raise `CertificateError` where the chain is none.
+    """
+    leaf = x509.read_pem(chain.decode(errors="replace"))[0]
+    return OwnCertificate(leaf.not_before, leaf.not_after, _is_signed(chain, key, roots))
+
+
+def _is_signed(chain: bytes, key: bytes, roots: bytes) -> bool:
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname = False  # a workload's name is a URI, its SPIFFE ID
+    presenting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        trusting.load_verify_locations(cadata=roots.decode())
+        x509.load_chain(presenting, chain, key)
+        x509.shake_hands(trusting, presenting)
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_code in _ABOUT_TIME
+    except (ssl.SSLError, ValueError):
+        return False
+    return True
+
+
+_ABOUT_TIME = {9, 10}  # OpenSSL: not yet valid, expired; that is judged by the dates, not here
+
+
+def _certificate(host: Host) -> OwnCertificate | None:
+    chain, key, roots = (_read(host, path) for path in (CERT_CHAIN, KEY, ROOT_CERT))
+    if chain is None:
+        return None
+    try:
+        return own_certificate(chain, key or b"", roots or b"")
+    except x509.CertificateError:
+        return None
+
+
+def _is_captured(host: Host) -> bool | None:
+    """Is the sidecar's chain in the nat table?"""
+    try:
+        done = host.run(["iptables", "--wait", "2", "--table", "nat", "--list-rules", _CHAIN], timeout=5, check=False)
+    except AgentError:
+        return None
+    if done.status == 0:
+        return True
+    return False if "No chain" in done.stderr or "does not exist" in done.stderr else None
+
+
+def _read(host: Host, path: PurePosixPath) -> bytes | None:
+    try:
+        return host.read(path, 1024**2)
+    except AgentError:
+        return None
+
+
+def _exists(host: Host, path: PurePosixPath) -> bool | None:
+    try:
+        return host.status(path) is not None
+    except AgentError:
+        return None
+
+
+def _or_none(host: Host, folder: PurePosixPath) -> int | None:
+    try:
+        return host.free_bytes(folder)
+    except AgentError:
+        return None
+
+
+def _size_of_logs(host: Host) -> int | None:
+    try:
+        found = [host.status(LOG_FOLDER / name) for name in host.names_in(LOG_FOLDER)]
+    except AgentError:
+        return None
+    return sum(entry.size for entry in found if entry and entry.is_file)
+
+
+def _utc(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
