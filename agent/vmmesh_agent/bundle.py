@@ -16,7 +16,7 @@ from typing import Any
 
 from vmmesh_agent import strict
 from vmmesh_agent.errors import AgentError
-from vmmesh_agent.strict import shown
+from vmmesh_agent.text import shown
 
 MEDIA_TYPE = "application/vnd.vmmesh.bundle.v1+json"
 VERSION = 1
@@ -126,7 +126,7 @@ class Bundle:
 def unpack(data: bytes) -> Bundle:
     """Read a bundle of any form but a directory. Raise `BundleRefusedError` where it cannot be read."""
     if len(data) > MAX_BYTES:
-        raise _unreadable("bundle-too-large", f"it is larger than {MAX_BYTES // 1024**2} MiB")
+        raise too_large()
     if data.startswith(b"\x1f\x8b"):
         return Bundle(files=dict(_tar_files(_gunzip(data))))
     if data[257:262] == b"ustar":
@@ -280,10 +280,20 @@ def _tar_files(data: bytes) -> Iterator[tuple[str, bytes]]:
                 content = archive.extractfile(entry)
                 assert content is not None  # noqa: S101  # a regular file always has content
                 yield name, content.read()
+            if data[archive.offset : archive.offset + 512] != bytes(512):  # tarfile takes a cut header for the end
+                raise tarfile.ReadError("it ends without its end mark")
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise _unreadable(
             "bundle-truncated", f"its tar archive is damaged: {error}", hint="transfer it again"
         ) from None
+
+
+def too_large() -> BundleRefusedError:
+    return _unreadable(
+        "bundle-too-large",
+        f"it is larger than {MAX_BYTES // 1024**2} MiB",
+        hint="see that endpoint.url leads to a bundle, not to something else",
+    )
 
 
 def _unreadable(code: str, message: str, hint: str = "") -> BundleRefusedError:

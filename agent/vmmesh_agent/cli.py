@@ -359,6 +359,9 @@ class _Terminal:
     def retrying(self, trouble: AgentError) -> None:
         self.note(f"{trouble.message}; trying again")
 
+    def waiting(self) -> None:
+        """A person sees that already."""
+
     def note(self, text: str) -> None:
         print(f"\r\x1b[K         {text}" if self._is_terminal else f"         {text}", flush=True)
 

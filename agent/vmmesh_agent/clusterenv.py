@@ -12,7 +12,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from vmmesh_agent.strict import shown
+from vmmesh_agent.text import shown
 
 # Names are those of environment variables; what istioctl writes is upper case, proxyMetadata may be anything.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -15,7 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 from vmmesh_agent import strict
 from vmmesh_agent.bundle import Workload
 from vmmesh_agent.errors import ConfigurationError
-from vmmesh_agent.strict import shown
+from vmmesh_agent.text import shown
 
 FILE = PurePosixPath("/etc/vmmesh-agent/config.yaml")
 FOLDER = PurePosixPath("/etc/vmmesh-agent/config.d")
@@ -210,7 +210,8 @@ def parse(documents: Iterable[tuple[PurePosixPath, bytes]]) -> Config:
             for key, value in _leaves(document, "", path, mistakes):
                 settings[key] = value
                 origins[key] = path
-    mistakes.extend(_contradictions(settings, origins))
+    if not mistakes:  # what is missing is told only where nothing is wrong: it may be there, misspelt
+        mistakes.extend(_contradictions(settings, origins))
     if mistakes:
         raise ConfigurationError(
             "\n".join(mistakes),
@@ -223,7 +224,8 @@ def parse(documents: Iterable[tuple[PurePosixPath, bytes]]) -> Config:
 def _leaves(document: Any, prefix: str, path: PurePosixPath, mistakes: list[str]) -> Iterable[tuple[str, Any]]:
     """Yield each known key with its checked value; note what is unknown or wrong."""
     if not isinstance(document, dict):
-        mistakes.append(f"{path}: {prefix or 'the file'}: expected keys and values, found {shown(document)}")
+        found = "" if prefix.startswith("endpoint.credential") else f", found {shown(document)}"
+        mistakes.append(f"{path}: {prefix or 'the file'}: expected keys and values{found}")
         return
     for name, value in document.items():
         key = f"{prefix}.{name}" if prefix else str(name)

@@ -42,6 +42,8 @@ class Daemon:
     trouble: AgentError | None = field(default=None, init=False)
     failures: int = field(default=0, init=False)
     reported: Report | None = field(default=None, init=False)
+    watch: Watch = field(init=False)
+    looked: float = field(default=0.0, init=False)
 
     def run(self) -> None:
         """Work until the process is told to end; only an exception leaves the loop."""
@@ -49,20 +51,21 @@ class Daemon:
         with self.host.lock(LOCK):
             self.reported = report.load(self.host)
             known = (self.reported.unit.invocation, self.reported.health) if self.reported else None
-            watch = Watch(self.host, Units(self.host), known=known)
+            self.watch = Watch(self.host, Units(self.host), known=known)
             notify.ready("at work")
             next_attempt = time.monotonic()
             while True:
                 if time.monotonic() >= next_attempt:
-                    next_attempt = time.monotonic() + self._attempt(watch)
-                self._report(watch)
+                    next_attempt = time.monotonic() + self._attempt()
+                self._look()
                 time.sleep(_OBSERVE_SECONDS)
 
-    def _attempt(self, watch: Watch) -> float:
+    def _attempt(self) -> float:
         """Reconcile once. Return for how many seconds to leave it at that."""
-        world = World(self.host, self.config, _Logged(self.log), now=self.now, patience=_ATTEMPT_SECONDS)
+        progress = _Logged(self.log, self._look)
+        world = World(self.host, self.config, progress, now=self.now, patience=_ATTEMPT_SECONDS)
         try:
-            self.joined = reconcile(world, watch)
+            self.joined = reconcile(world, self.watch)
         except ConfigurationError:
             raise
         except AgentError as error:
@@ -91,13 +94,19 @@ class Daemon:
         share = low + (high - low) * self.chance()
         return max(_FIRST_WAIT, (begin - now).total_seconds() + life * share)
 
-    def _report(self, watch: Watch) -> None:
+    def _look(self) -> None:
+        """See how the sidecar is, also while an attempt waits for the network; not more often than is of use."""
+        if time.monotonic() - self.looked >= _OBSERVE_SECONDS * 0.9:
+            self.looked = time.monotonic()
+            self._report()
+
+    def _report(self) -> None:
         """Tell the status record and systemd; write only what is new, or old enough to look stale."""
         moment = self.now()
         before = self.reported
         known = self.joined.known if self.joined else before.known if before else Known()
         current = describe(
-            watch.observe(moment, known),
+            self.watch.observe(moment, known),
             known=known,
             before=before,
             trouble=self.trouble,
@@ -121,8 +130,9 @@ def _one_line(current: Report) -> str:
 class _Logged:
     """The steps as log lines."""
 
-    def __init__(self, log: Logger) -> None:
+    def __init__(self, log: Logger, look: Callable[[], None]) -> None:
         self._log = log
+        self._look = look
 
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
@@ -138,6 +148,9 @@ class _Logged:
 
     def note(self, text: str) -> None:
         self._log.info("note", text=text)
+
+    def waiting(self) -> None:
+        self._look()
 
 
 class _LoggedStep:

@@ -24,7 +24,8 @@ from vmmesh_agent.bundle import Bundle
 from vmmesh_agent.config import Config, Credential
 from vmmesh_agent.errors import AgentError, ConfigurationError, FetchError
 from vmmesh_agent.host import Account, Child, Host
-from vmmesh_agent.strict import MalformedError, load_json, printable, shown
+from vmmesh_agent.strict import MalformedError, load_json
+from vmmesh_agent.text import printable, shown
 
 SIDECAR_USER = "istio-proxy"
 NOBODY = Account(65534, 65534)
@@ -35,6 +36,7 @@ _MAX_CREDENTIAL = 64 * 1024
 _MAX_COMPLAINT = 256 * 1024
 _EXEC_SECONDS = 30
 
+_MACHINE_ID = re.compile(rb"[0-9a-f]{32}")
 _ETAG = re.compile(r'(W/)?"[!#-~]{0,200}"')  # RFC 9110, section 8.8.3, without what is not ASCII
 
 OnRetry = Callable[[AgentError], None]
@@ -53,12 +55,19 @@ class Fetched:
 
 
 def fetch(
-    host: Host, config: Config, *, etag: str = "", patience: float | None = None, on_retry: OnRetry = lambda _: None
+    host: Host,
+    config: Config,
+    *,
+    etag: str = "",
+    patience: float | None = None,
+    on_retry: OnRetry = lambda _: None,
+    idle: Callable[[], None] = lambda: None,
 ) -> Fetched:
     """Get the bundle from wherever the configuration says.
 
-    Passing trouble is retried for `patience` seconds (None: for ever) and told to `on_retry`; a refusal is raised
-    at once as `FetchError`, what cannot be read as `BundleRefusedError`.
+    Passing trouble is retried for `patience` seconds (None: for ever) and told to `on_retry`; `idle` is called
+    several times a second meanwhile. A refusal is raised at once as `FetchError`, what cannot be read as
+    `BundleRefusedError`.
     """
     if config.endpoint.url.startswith("file:"):
         return _from_disk(host, PurePosixPath(unquote(urlsplit(config.endpoint.url).path)))
@@ -67,7 +76,7 @@ def fetch(
         "headers": _headers(host, config, etag),
     }
     with _child(host, request) as child:
-        answer = _last_event(child, patience, on_retry)
+        answer = _last_event(child, patience, on_retry, idle)
     offset = answer.get("clock_offset")
     if not isinstance(offset, float):
         offset = None
@@ -86,7 +95,9 @@ def read_bundle(host: Host, path: PurePosixPath) -> Bundle:
         limit = bundles.MAX_BYTES
         contents = {name: host.read(path / name, limit) for name in bundles.FILES}
         return Bundle({name: content for name, content in contents.items() if content is not None})
-    content = host.read(path, bundles.MAX_BYTES)
+    if found and found.size > bundles.MAX_BYTES:
+        raise bundles.too_large()
+    content = host.read(path)
     if content is None:
         raise FetchError(f"{path} is not there", code="bundle-not-found", hint="see endpoint.url", retry=True)
     return bundles.unpack(content)
@@ -206,6 +217,13 @@ def machine_id(host: Host) -> str:
     machine-id(5) asks that the ID itself is not shown to the network but a keyed hash of it.
     """
     own = (host.read(PurePosixPath("/etc/machine-id")) or b"").strip()
+    if not _MACHINE_ID.fullmatch(own):
+        raise FetchError(
+            "this machine has no ID of its own (/etc/machine-id)",
+            code="machine-id-missing",
+            hint="run systemd-machine-id-setup; on a machine made from an image it happens at the first boot",
+            retry=True,
+        )
     return hmac.new(own, b"vmmesh-agent", hashlib.sha256).hexdigest()
 
 

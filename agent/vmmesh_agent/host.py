@@ -446,6 +446,7 @@ class LogFile:
         """Leave out what is there now."""
         if self._descriptor is not None:
             self._position = os.fstat(self._descriptor).st_size
+            self._head = os.pread(self._descriptor, self._HEAD, 0)
 
     def read(self, limit: int = 1024**2) -> bytes:
         """Return up to `limit` new bytes, none where there are no more."""
@@ -475,6 +476,7 @@ class LogFile:
             descriptor = os.open(name, flags, dir_fd=folder)
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
                 self._descriptor = descriptor
+                self._head = os.pread(descriptor, self._HEAD, 0)
             else:
                 os.close(descriptor)
 

@@ -38,7 +38,7 @@ import tenacity
 
 from vmmesh_agent import __version__, bundle, x509
 from vmmesh_agent.errors import AgentError, FetchError
-from vmmesh_agent.strict import printable
+from vmmesh_agent.text import printable
 
 _CHUNK = 256 * 1024
 _MAX_WAIT = 60.0  # seconds between attempts, unless the server asks for more

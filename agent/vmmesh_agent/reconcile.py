@@ -55,6 +55,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Something worth knowing, nothing is wrong."""
 
+    def waiting(self) -> None:
+        """Called several times a second while a step waits for somebody else."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -170,6 +173,7 @@ def _fetch(world: World) -> tuple[Stored, float | None]:
             etag=known.etag if known else "",
             patience=world.left(),
             on_retry=world.progress.retrying,
+            idle=world.progress.waiting,
         )
         if answer.bundle is None and known:
             step.says("unchanged")
@@ -227,8 +231,12 @@ class _Package:
         return self._download.finish(
             patience=self._world.left(),
             on_retry=self._world.progress.retrying,
-            on_progress=lambda received: step.progress(received, source.size),
+            on_progress=lambda received: self._show(step, received, source.size),
         )
+
+    def _show(self, step: Step, received: int, size: int | None) -> None:
+        step.progress(received, size)
+        self._world.progress.waiting()
 
 
 def _install(world: World, package: _Package) -> tuple[str, list[str]]:

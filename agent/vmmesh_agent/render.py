@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from vmmesh_agent.health import Condition, Health, Severity, State
 from vmmesh_agent.report import FRESH_SECONDS, Report
+from vmmesh_agent.text import printable
 
 _COLOURS = {
     State.HEALTHY: "32",
@@ -59,7 +60,7 @@ def _condition_lines(condition: Condition, now: datetime | None, width: int) -> 
 
 def _wrapped(text: str, first: str, rest: str, width: int, most: int = 40) -> list[str]:
     return textwrap.wrap(
-        text,
+        printable(text, limit=4000),
         width,
         initial_indent=first,
         subsequent_indent=rest,
@@ -115,7 +116,7 @@ def nagios(report: Report, now: datetime) -> tuple[str, int]:
     status, word = _NAGIOS[report.health.state]
     worst = report.health.conditions[0].message if report.health.conditions else str(report.health.state)
     subject = report.known.workload or "this VM"
-    text = f"VMMESH {word} - {subject}: {worst}".replace("|", "/").replace("\n", " ")
+    text = printable(f"VMMESH {word} - {subject}: {worst}").replace("|", "/")
     data = [
         f"{label}={max(0, int((moment - now).total_seconds()))}s;;;0;"
         for label, moment in (("token", report.known.token_expires_at), ("certificate", report.certificate_not_after))

@@ -7,7 +7,7 @@ taken for health or for a failure.
 
 import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 
@@ -15,6 +15,7 @@ from vmmesh_agent import x509
 from vmmesh_agent.errors import AgentError
 from vmmesh_agent.health import Condition, Severity
 from vmmesh_agent.host import Host
+from vmmesh_agent.verify import token_fault
 
 CERT_CHAIN = PurePosixPath("/etc/certs/cert-chain.pem")
 KEY = PurePosixPath("/etc/certs/key.pem")
@@ -47,7 +48,7 @@ class Signals:
     """One look at the machine. Times are aware and in UTC, sizes in bytes; None is what could not be seen."""
 
     certificate: OwnCertificate | None = None
-    has_token: bool | None = None
+    token: bytes | None = None  # None: not seen; empty: not there
     is_captured: bool | None = None
     captures_by_itself: bool = True  # unless the machine's own sidecar.env says that iptables are somebody else's
     envoy_answers: bool | None = None
@@ -59,11 +60,10 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What should be: istiod's name and the addresses that the bundle's hosts give it, the token's end, the clock."""
+    """What should be: istiod's name and the addresses that the bundle's hosts give it, and the clock."""
 
     istiod: str = ""
     addresses: tuple[str, ...] = ()
-    token_expires_at: datetime | None = None
     clock_offset: timedelta | None = None  # the endpoint's clock less ours
 
 
@@ -72,7 +72,7 @@ def gather(host: Host, istiod: str) -> Signals:
     is_root = host.is_root
     return Signals(
         certificate=_certificate(host) if is_root else None,
-        has_token=_exists(host, TOKEN) if is_root else None,
+        token=(_read(host, TOKEN) or b"") if is_root else None,
         is_captured=_is_captured(host) if is_root else None,
         captures_by_itself=b"ISTIO_CUSTOM_IP_TABLES=true" not in (_read(host, SIDECAR_ENV) or b"").replace(b'"', b""),
         envoy_answers=host.answers(READY_PORT, _SECONDS),
@@ -86,7 +86,7 @@ def gather(host: Host, istiod: str) -> Signals:
 def conditions(signals: Signals, expected: Expected, *, is_running: bool, now: datetime) -> Iterator[Condition]:
     """Yield what is wrong with what was seen; `is_running` says whether istio.service should be at work."""
     if is_running:
-        yield from _certificate_conditions(signals, expected, now)
+        yield from _certificate_conditions(signals, now)
         if signals.is_captured is False and signals.captures_by_itself:
             yield _NOT_CAPTURED
         if signals.envoy_answers is False:
@@ -118,10 +118,15 @@ def conditions(signals: Signals, expected: Expected, *, is_running: bool, now: d
         )
 
 
-def _certificate_conditions(signals: Signals, expected: Expected, now: datetime) -> Iterator[Condition]:
+def sharpened(condition: Condition, signals: Signals, now: datetime) -> Condition:
+    """Say more of a cause that the logs can only name: why istiod may have refused the token."""
+    fault = token_fault(signals.token, now) if condition.code == "token_rejected" and signals.token else ""
+    return replace(condition, message=f"istiod refuses the token: it {fault}.") if fault else condition
+
+
+def _certificate_conditions(signals: Signals, now: datetime) -> Iterator[Condition]:
     certificate = signals.certificate
-    token_is_dead = expected.token_expires_at is not None and expected.token_expires_at <= now
-    if signals.has_token is False:
+    if signals.token == b"":
         yield Condition(
             "token_missing",
             Severity.DEGRADED,
@@ -147,7 +152,8 @@ def _certificate_conditions(signals: Signals, expected: Expected, now: datetime)
         )
     life = certificate.not_after - certificate.not_before
     if certificate.not_after - now < life * _OVERDUE:
-        dead = " and the token is already expired" if token_is_dead else ""
+        fault = token_fault(signals.token, now) if signals.token else ""
+        dead = f", and the token {fault}" if fault else ""
         yield Condition(
             "renewal_overdue",
             Severity.DEGRADED,
@@ -251,13 +257,6 @@ def _is_captured(host: Host) -> bool | None:
 def _read(host: Host, path: PurePosixPath) -> bytes | None:
     try:
         return host.read(path, 1024**2)
-    except AgentError:
-        return None
-
-
-def _exists(host: Host, path: PurePosixPath) -> bool | None:
-    try:
-        return host.status(path) is not None
     except AgentError:
         return None
 

@@ -14,7 +14,6 @@ import yaml
 _SafeLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-_MAX_SHOWN = 80  # characters
 _MAX_DEPTH = 100  # levels; what is written by people or by Kubernetes has ten
 
 
@@ -63,15 +62,19 @@ def _refuse_bombs(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise MalformedError(f"the alias *{event.anchor} is not accepted; write it out")
+            raise MalformedError(f"{_line_of(event)}aliases (*{event.anchor}) are not accepted; write it out")
         if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None) is not None:
-            raise MalformedError("tags (!…) are not accepted")
+            raise MalformedError(f"{_line_of(event)}tags (!…) are not accepted")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > _MAX_DEPTH:
-            raise MalformedError("it is nested too deeply")
+            raise MalformedError(f"{_line_of(event)}it is nested too deeply")
+
+
+def _line_of(event: yaml.Event) -> str:
+    return f"line {event.start_mark.line + 1}: " if event.start_mark else ""
 
 
 def load_json(text: str | bytes) -> Any:
@@ -95,15 +98,3 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise MalformedError(f"the key {twice!r} stands there twice")
     return mapping
-
-
-def shown(value: object) -> str:
-    """Make a stranger's value fit for a message: escaped, on one line, short."""
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
-
-
-def printable(text: str, limit: int = 300) -> str:
-    """Make a stranger's text fit for a terminal: one line, no escape sequence, short."""
-    line = "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
-    return line if len(line) <= limit else line[: limit - 1] + "…"

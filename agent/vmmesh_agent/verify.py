@@ -17,7 +17,7 @@ from vmmesh_agent import bundle as bundles
 from vmmesh_agent import clusterenv, hosts, strict, x509
 from vmmesh_agent.bundle import Bundle, BundleRefusedError, Package, Problem, Sidecar, Workload
 from vmmesh_agent.secret import Secret
-from vmmesh_agent.strict import shown
+from vmmesh_agent.text import shown
 
 AUDIENCE = "istio-ca"
 DEFAULT_DISCOVERY = "istiod.istio-system.svc:15012"  # the ProxyConfig's own default
@@ -110,7 +110,8 @@ def verify(
     if discovery and lines is not None:
         istiod_names = {_host_of(discovery), _host_of((variables or {}).get("CA_ADDR", ""))}
         _only_istiod_is_named(lines, istiod_names, host_name, findings)
-        _istiod_is_found(_host_of(discovery), lines, resolves, findings)
+        if not any(problem.file == bundles.HOSTS for problem in findings.problems):
+            _istiod_is_found(_host_of(discovery), lines, resolves, findings)
     for package in bundle.sidecar.packages if bundle.sidecar else ():
         _package(package, findings)
 
@@ -201,9 +202,8 @@ def _token(text: str, moment: datetime, findings: _Findings) -> _Token:
     if str(header.get("alg", "none")).lower() == "none":
         findings.refuse("token-not-signed", bundles.TOKEN, "it is not signed")
 
-    audiences = claims.get("aud", [])
-    audiences = [audiences] if isinstance(audiences, str) else audiences
-    if not isinstance(audiences, list) or AUDIENCE not in audiences:
+    audiences = _audiences(claims)
+    if AUDIENCE not in audiences:
         findings.refuse(
             "token-wrong-audience",
             bundles.TOKEN,
@@ -240,6 +240,25 @@ def _jwt_part(part: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _RefusedError("token-not-jwt", "its parts are not JSON objects")  # input, not a bug
     return content
+
+
+def _audiences(claims: Mapping[str, Any]) -> list[object]:
+    audiences = claims.get("aud", [])
+    return audiences if isinstance(audiences, list) else [audiences]
+
+
+def token_fault(content: bytes, moment: datetime) -> str:
+    """Say what is wrong with a token that lies on the machine, in words that follow "the token"; empty if nothing."""
+    try:
+        claims = _jwt_part(content.decode("ascii", "replace").strip().split(".")[1])
+        expires_at = _claimed_time(claims, "exp")
+    except (_RefusedError, IndexError):
+        return "is no JWT"
+    if AUDIENCE not in _audiences(claims):
+        return f"is for {shown(_audiences(claims))}, not for {AUDIENCE!r}"
+    if expires_at is None or expires_at <= moment:
+        return f"expired at {_utc(expires_at)}" if expires_at else "has no expiry"
+    return ""
 
 
 def _claimed_time(claims: Mapping[str, Any], name: str) -> datetime | None:

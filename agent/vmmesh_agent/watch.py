@@ -122,11 +122,11 @@ class Watch:
         expected = Expected(
             known.istiod,
             known.istiod_addresses,
-            known.token_expires_at,
             None if known.clock_offset is None else timedelta(seconds=known.clock_offset),
         )
         if logs.state is State.NOT_JOINED or (unit.is_running and now - self._running_since < _GRACE):
             return logs
+        logs = replace(logs, conditions=tuple(signals.sharpened(each, seen, now) for each in logs.conditions))
         causes = {condition.code for condition in logs.conditions}
         found = [
             condition

@@ -72,7 +72,10 @@ def read_der(der: bytes) -> Certificate:
 
 
 def _read_fields(der: bytes, *, is_ca: bool) -> Certificate:
-    fields = _children(der, *_content(der, *_content(der, 0)))
+    begin, end = _content(der, 0)
+    if end != len(der):
+        raise ValueError("bytes follow it")
+    fields = _children(der, *_content(der, begin))
     if der[fields[0][0]] == _VERSION_0:
         del fields[0]
     _serial, _algorithm, _issuer, validity, _subject, public_key = fields[:6]
@@ -115,7 +118,7 @@ def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
             ends.remove(end)
 
 
-def _content(der: bytes, start: int, _end: int = 0) -> tuple[int, int]:
+def _content(der: bytes, start: int) -> tuple[int, int]:
     """Return where the content of the element at `start` begins and ends. OpenSSL has parsed it before."""
     length = der[start + 1]
     begin = start + 2
