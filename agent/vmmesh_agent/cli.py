@@ -234,7 +234,9 @@ def _check_config(options: argparse.Namespace) -> int:
                 yield from settings(getattr(value, field.name), f"{prefix}.{field.name}" if prefix else field.name)
         elif value not in (None, "", ()):
             shown = list(value) if isinstance(value, tuple) else value
-            yield f"{prefix}: {str(shown).lower() if isinstance(shown, bool) else shown}"
+            # A presigned address has its credential in the query.
+            address, query, _ = str(shown).partition("?")
+            yield f"{prefix}: {str(shown).lower() if isinstance(shown, bool) else address + ('?…' if query else '')}"
 
     for line in settings(_config(options, Host(options.root)), ""):
         print(line)

@@ -35,11 +35,12 @@ def human_health(health: Health, *, width: int = 80, colour: bool = False) -> st
 
 
 def _health_lines(health: Health, subject: str, now: datetime | None, width: int, colour: bool) -> Iterator[str]:
-    state = str(health.state)
-    if colour:
-        state = f"\x1b[1;{_COLOURS[health.state]}m{state}\x1b[0m"
+    head = f"{_MARKS.get(health.state, '○')} {subject + ': ' if subject else ''}"
     cause = "" if health.cause == "none" else f" ({health.cause})"
-    yield f"{_MARKS.get(health.state, '○')} {subject + ': ' if subject else ''}{state}{cause}"
+    if colour:  # a terminal wraps by itself
+        yield f"{head}\x1b[1;{_COLOURS[health.state]}m{health.state}\x1b[0m{cause}"
+    else:
+        yield from _wrapped(f"{head}{health.state}{cause}", "", "  ", width)
     for condition in health.conditions:
         yield ""
         yield from _condition_lines(condition, now, width)
@@ -149,9 +150,9 @@ def prometheus(report: Report) -> str:
         "vmmesh_agent_condition",
         "What is wrong, by code: 1 degraded, 2 failed.",
         [
-            (f'{{code="{condition.code}"}}', float(condition.severity))
-            for condition in report.health.conditions
-            if condition.severity > Severity.NOTE
+            (f'{{code="{code}"}}', float(severity))
+            for code, severity in {each.code: each.severity for each in report.health.conditions}.items()
+            if severity > Severity.NOTE
         ],
     )
     for name, what, moment in (
