@@ -32,8 +32,6 @@ class Endpoint:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.requests: list[str] = []
-        self.connections = 0
-        self.clients: list[ssl.SSLSocket] = []
         self.done = threading.Event()
 
     @property
@@ -68,7 +66,6 @@ class Endpoint:
                 connection, _ = self._listener.accept()
             except OSError:
                 break
-            self.connections += 1
             workers.append(threading.Thread(target=self._serve, args=(connection,)))
             workers[-1].start()
         for worker in workers:
@@ -85,7 +82,9 @@ class Endpoint:
                     if not chunk:
                         return
                     request += chunk
-                self.requests.append(request.decode())
+                    if not self._context and not chunk.isascii():
+                        break  # a TLS greeting, which a plain server answers at once
+                self.requests.append(request.decode(errors="replace"))
                 answer = self._answers[min(len(self.requests), len(self._answers)) - 1]
                 if callable(answer):
                     answer(secured)

@@ -195,7 +195,7 @@ _SECTIONS = {key.rpartition(".")[0] for key in SETTINGS} | {"endpoint"}
 def parse(documents: Iterable[tuple[PurePosixPath, bytes]]) -> Config:
     """Read the files in their order, later wins key by key. Raise `ConfigurationError` with every mistake."""
     settings: dict[str, Any] = {}
-    origins: dict[str, PurePosixPath] = {}
+    origins: dict[str, PurePosixPath] = {}  # of what is there, right or wrong
     mistakes: list[str] = []
     for path, content in documents:
         try:
@@ -208,10 +208,10 @@ def parse(documents: Iterable[tuple[PurePosixPath, bytes]]) -> Config:
             continue
         if document is not None:
             for key, value in _leaves(document, "", path, mistakes):
-                settings[key] = value
                 origins[key] = path
-    if not mistakes:  # what is missing is told only where nothing is wrong: it may be there, misspelt
-        mistakes.extend(_contradictions(settings, origins))
+                if value is not None:
+                    settings[key] = value
+    mistakes.extend(_contradictions(settings, origins))
     if mistakes:
         raise ConfigurationError(
             "\n".join(mistakes),
@@ -222,7 +222,7 @@ def parse(documents: Iterable[tuple[PurePosixPath, bytes]]) -> Config:
 
 
 def _leaves(document: Any, prefix: str, path: PurePosixPath, mistakes: list[str]) -> Iterable[tuple[str, Any]]:
-    """Yield each known key with its checked value; note what is unknown or wrong."""
+    """Yield each known key with its checked value, None where it is wrong; note what is unknown or wrong."""
     if not isinstance(document, dict):
         found = "" if prefix.startswith("endpoint.credential") else f", found {shown(document)}"
         mistakes.append(f"{path}: {prefix or 'the file'}: expected keys and values{found}")
@@ -239,6 +239,7 @@ def _leaves(document: Any, prefix: str, path: PurePosixPath, mistakes: list[str]
                 is_secret = error.is_secret or key.startswith("endpoint.credential.")
                 found = "" if is_secret else f", found {shown(value)}"
                 mistakes.append(f"{path}: {key}: expected {error}{found}")
+                yield key, None
         elif key in _SECTIONS:
             yield from _leaves(value, key, path, mistakes)
         else:
@@ -255,10 +256,10 @@ def _nearest(key: str) -> str:
 
 def _contradictions(settings: Mapping[str, Any], origins: Mapping[str, PurePosixPath]) -> Iterable[str]:
     """Yield what is wrong with settings taken together."""
-    if "endpoint.url" not in settings:
+    if "endpoint.url" not in origins:
         yield f"{FILE}: endpoint.url: it is required; https://host[:port]/path or file:///path"
     kinds = sorted(
-        {".".join(key.split(".")[:3]) for key in settings if key.startswith("endpoint.credential.")},
+        {".".join(key.split(".")[:3]) for key in origins if key.startswith("endpoint.credential.")},
     )
     if len(kinds) > 1:
         yield f"{origins[next(key for key in origins if key.startswith(kinds[1]))]}: {' and '.join(kinds)}: at most one"
@@ -267,9 +268,9 @@ def _contradictions(settings: Mapping[str, Any], origins: Mapping[str, PurePosix
         ("workload_group.namespace", "workload_group.name"),
     ):
         for present, absent in ((first, second), (second, first)):
-            if present in settings and absent not in settings:
+            if present in origins and absent not in origins:
                 yield f"{origins[present]}: {absent}: it is required beside {present}"
-    if str(settings.get("sidecar.package", "")).startswith("https:") and "sidecar.sha256" not in settings:
+    if str(settings.get("sidecar.package", "")).startswith("https:") and "sidecar.sha256" not in origins:
         yield f"{origins['sidecar.package']}: sidecar.sha256: it is required for a package from a URL"
 
 

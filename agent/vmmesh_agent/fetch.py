@@ -35,6 +35,7 @@ _MAX_ANSWER = 8 * bundles.MAX_BYTES  # a byte of a file may take six in JSON
 _MAX_CREDENTIAL = 64 * 1024
 _MAX_COMPLAINT = 256 * 1024
 _EXEC_SECONDS = 30
+_START_SECONDS = 3.0  # in which the child has loaded its modules, on a slow machine
 
 _MACHINE_ID = re.compile(rb"[0-9a-f]{32}")
 _ETAG = re.compile(r'(W/)?"[!#-~]{0,200}"')  # RFC 9110, section 8.8.3, without what is not ASCII
@@ -86,6 +87,29 @@ def fetch(
         raise _broken("an answer that is none")
     etag = str(answer.get("etag", ""))
     return Fetched(bundles.from_json(answer["bundle"]), etag if _ETAG.fullmatch(etag) else "", offset)
+
+
+def probe(
+    host: Host, url: str, *, patience: float, ca: str = "", pins: Sequence[str] = (), direct: bool = False
+) -> None:
+    """Shake hands with whoever serves `url`, verified as for a bundle; nothing is sent, no credential either.
+
+    One attempt of at most `patience` seconds; raise `FetchError` where it fails. `direct` goes past a proxy.
+    """
+
+    def give_up(trouble: AgentError) -> None:
+        raise trouble
+
+    request = {"kind": "probe", "url": url, "timeout": patience, "ca": ca, "pins": list(pins), "direct": direct}
+    with _child(host, request | {"bearer": "", "client_certificate": ""}) as child:
+        _last_event(child, patience + _START_SECONDS, give_up)
+
+
+def probe_endpoint(host: Host, config: Config, patience: float) -> None:
+    """Shake hands with the endpoint as `fetch` would. A client certificate is not shown: it is a credential."""
+    endpoint = config.endpoint
+    ca = _configured(host, endpoint.ca_file, "endpoint.ca_file") if endpoint.ca_file else ""
+    probe(host, endpoint.url, patience=patience, ca=ca, pins=endpoint.ca_pins)
 
 
 def read_bundle(host: Host, path: PurePosixPath) -> Bundle:

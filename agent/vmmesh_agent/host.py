@@ -131,6 +131,17 @@ class Host:
             return False
         return True
 
+    def exchange(self, port: int, datagram: bytes, timeout: float) -> bytes | None:
+        """Send a datagram to a UDP port of the loopback interface; return the answer, None where there is none."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connection:
+            connection.settimeout(timeout)
+            try:
+                connection.connect(("127.0.0.1", port))
+                connection.send(datagram)
+                return connection.recv(65536)
+            except OSError:
+                return None
+
     @property
     def name(self) -> str:
         """The machine's host name."""
@@ -155,6 +166,14 @@ class Host:
         if len(content) > limit:
             raise HostError(f"{path} is larger than {limit} bytes", code="file-too-large")
         return content
+
+    def chunks(self, path: PurePosixPath, size: int = 1024**2) -> Iterator[bytes]:
+        """Yield a file of any size in pieces of `size` bytes."""
+        with _explained(path), self._parent(path) as (folder, name):
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor, not a path
+                while chunk := file.read(size):
+                    yield chunk
 
     def sha256(self, path: PurePosixPath) -> str:
         """Return the hex digest of a file of any size."""

@@ -11,6 +11,7 @@ the environment or on disk. The answer is JSON lines on standard output, each an
     bundle        bundle (version 1 of the format), etag, clock_offset (the endpoint's less ours, in seconds, or null)
     not-modified  etag still stands: clock_offset
     stored        a package was written to standard output's neighbour, the descriptor `request.descriptor`
+    trusted       a probe's handshake was made and verified, and nothing was sent
     failed        code, message, hint, retry
 
 Every attempt is made anew from the start. What can pass by itself (the network, 5xx, 429) is tried for ever with
@@ -92,7 +93,7 @@ def _drop_privileges(uid: int, gid: int) -> None:
 
 def _tried(request: Mapping[str, Any]) -> dict[str, Any]:
     """Make attempts until one is answered or refused."""
-    attempt = _bundle if request["kind"] == "bundle" else _package
+    attempt = {"bundle": _bundle, "package": _package, "probe": _probe}[request["kind"]]
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(_PassingError),
         wait=_wait,
@@ -166,6 +167,14 @@ def _package(request: Mapping[str, Any]) -> dict[str, Any]:
     return {"event": "stored"}
 
 
+def _probe(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Shake hands, as for a bundle, and end there: what would be sent, the credential too, never is."""
+    context = _trusting_pins(request) if request["pins"] else _trusting(request)
+    _present_client_certificate(context, request)
+    _chain(request, context)
+    return {"event": "trusted"}
+
+
 def _store(file: BinaryIO, chunk: bytes) -> None:
     try:
         file.write(chunk)
@@ -231,7 +240,12 @@ def _response(
 
 def _client(request: Mapping[str, Any], context: ssl.SSLContext) -> httpx.Client:
     try:
-        return httpx.Client(verify=context, timeout=min(request["timeout"], 30), follow_redirects=False, trust_env=True)
+        return httpx.Client(
+            verify=context,
+            timeout=min(request["timeout"], 30),
+            follow_redirects=False,
+            trust_env=not request.get("direct", False),
+        )
     except (ValueError, httpx.InvalidURL) as error:
         raise FetchError(
             f"the proxy variables make no sense: {printable(str(error))}", code="proxy-invalid", hint="see https_proxy"
@@ -296,7 +310,11 @@ def _trusting_pins(request: Mapping[str, Any]) -> ssl.SSLContext:
 def _chain(request: Mapping[str, Any], context: ssl.SSLContext) -> list[bytes]:
     """Return the DER of the certificates that the server shows, and of the root that OpenSSL found to them."""
 
+    is_connected = False
+
     def look(event: str, info: Mapping[str, Any]) -> None:
+        nonlocal is_connected
+        is_connected = is_connected or event.endswith(".connect_tcp.complete")
         if event.endswith(".start_tls.complete"):
             connection = info["return_value"].get_extra_info("ssl_object")
             raise _ChainSeen(_certificates_of(connection))
@@ -308,6 +326,15 @@ def _chain(request: Mapping[str, Any], context: ssl.SSLContext) -> list[bytes]:
                 client.send(target, stream=True)
         except _ChainSeen as seen:
             return seen.chain
+        except _PassingError as error:
+            if is_connected and error.code == "endpoint-unreachable":
+                raise _PassingError(
+                    f"{target.url.host}:{target.url.port or 443} accepts connections, and does not answer in the TLS"
+                    " handshake",
+                    code="endpoint-handshake-silent",
+                    hint="see what stands between (a proxy, a gateway without this name), and the path's MTU",
+                ) from error
+            raise
     raise FetchError("the endpoint did not speak TLS", code="endpoint-not-tls")
 
 

@@ -151,7 +151,7 @@ def prometheus(report: Report) -> str:
         "What is wrong, by code: 1 degraded, 2 failed.",
         [
             (f'{{code="{code}"}}', float(severity))
-            for code, severity in {each.code: each.severity for each in report.health.conditions}.items()
+            for code, severity in {each.code: each.severity for each in reversed(report.health.conditions)}.items()
             if severity > Severity.NOTE
         ],
     )

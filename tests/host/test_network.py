@@ -4,10 +4,11 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from vmmesh_agent import bundle as bundles
@@ -26,6 +27,7 @@ CONTENTS = dict(a_bundle().files)
 GOOD = http("200 OK", as_json(CONTENTS), Content_Type=bundles.MEDIA_TYPE, ETag='"one"')
 CA_PIN = read_pem(CLUSTER.root_pem.decode())[0].pin
 STRANGER_PIN = read_pem(STRANGER.pem.decode())[0].pin
+K = TypeVar("K")
 Serve = Callable[..., Endpoint]
 
 
@@ -72,6 +74,12 @@ def trouble_of(host: Host, config: Config) -> FetchError:
         fetch(host, config, patience=20, on_retry=enough)
     assert caught.value.message.isprintable()
     return caught.value
+
+
+def at_once(tasks: Mapping[K, Callable[[], FetchError]]) -> dict[K, FetchError]:
+    """Do several things side by side, for most of a fetch is the start of its child."""
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(tasks, pool.map(lambda task: task(), tasks.values()), strict=True))
 
 
 def all_of(fetched: Fetched) -> dict[str, bytes]:
@@ -174,24 +182,33 @@ def test_a_pinned_ca_does_not_make_another_name_right(host: Host, serve: Serve) 
     assert endpoint.requests == []
 
 
-@pytest.mark.parametrize(
-    ("special", "code"),
-    [
-        ({"ca": STRANGER}, "endpoint-unknown-ca"),
-        ({"names": ["other.example.com"]}, "endpoint-wrong-name"),
-        ({"names": ["127.0.0.2"]}, "endpoint-wrong-name"),
-        ({"not_before": MOMENT.replace(year=2001), "not_after": MOMENT.replace(year=2002)}, "endpoint-certificate-expired"),
-        ({"not_before": MOMENT.replace(year=2090), "not_after": MOMENT.replace(year=2091)}, "endpoint-certificate-not-yet-valid"),
-        ({"client_ca": CLUSTER.root_pem}, "endpoint-unauthorized"),
-        ({"plain": True}, "endpoint-not-tls"),
-    ],
-    ids=["unknown CA", "another name", "another address", "expired", "not yet valid", "wants a certificate", "plain HTTP"],
-)
-def test_a_server_that_is_not_trusted_is_told_nothing(host: Host, serve: Serve, special: dict[str, Any], code: str) -> None:
-    endpoint = serve(http("400 Bad Request"), **special)
-    error = trouble_of(host, trusting(endpoint, credential=Credential(join_token_file=PATH("/token"))))
-    assert (error.code, error.retry) == (code, False), error.message
-    assert not [request for request in endpoint.requests if "join-me" in request]
+UNTRUSTED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown CA": ({"ca": STRANGER}, "endpoint-unknown-ca"),
+    "another name": ({"names": ["other.example.com"]}, "endpoint-wrong-name"),
+    "another address": ({"names": ["127.0.0.2"]}, "endpoint-wrong-name"),
+    "expired": (
+        {"not_before": MOMENT.replace(year=2001), "not_after": MOMENT.replace(year=2002)},
+        "endpoint-certificate-expired",
+    ),
+    "not yet valid": (
+        {"not_before": MOMENT.replace(year=2090), "not_after": MOMENT.replace(year=2091)},
+        "endpoint-certificate-not-yet-valid",
+    ),
+    "wants a certificate": ({"client_ca": CLUSTER.root_pem}, "endpoint-unauthorized"),
+    "plain HTTP": ({"plain": True}, "endpoint-not-tls"),
+}
+
+
+def test_a_server_that_is_not_trusted_is_told_nothing(host: Host, serve: Serve) -> None:
+    endpoints = {name: serve(http("400 Bad Request"), **special) for name, (special, _) in UNTRUSTED.items()}
+    credential = Credential(join_token_file=PATH("/token"))
+    found = at_once(
+        {name: lambda e=endpoint: trouble_of(host, trusting(e, credential=credential)) for name, endpoint in endpoints.items()}
+    )
+    assert {name: (error.code, error.retry) for name, error in found.items()} == {
+        name: (code, False) for name, (_, code) in UNTRUSTED.items()
+    }
+    assert not [request for endpoint in endpoints.values() for request in endpoint.requests if "join-me" in request]
 
 
 def test_a_ca_file_without_a_certificate_is_named(host: Host, serve: Serve, tmp_path: Path) -> None:
@@ -221,38 +238,37 @@ def test_a_key_that_does_not_fit_its_certificate_is_named(host: Host, serve: Ser
 # --- what a server may answer ---
 
 
-@pytest.mark.parametrize(
-    ("answer", "code", "retry"),
-    [
-        (http("401 Unauthorized", b'{"error": {"code": "x", "message": "who are you"}}'), "endpoint-unauthorized", False),
-        (http("403 Forbidden", b"not for you", Content_Type="text/plain"), "endpoint-forbidden", False),
-        (http("404 Not Found"), "endpoint-not-found", False),
-        (http("410 Gone"), "endpoint-gone", False),
-        (http("400 Bad Request"), "endpoint-refused", False),
-        (http("204 No Content"), "endpoint-refused", False),
-        (http("429 Too Many Requests"), "endpoint-busy", True),
-        (http("500 Internal Server Error"), "endpoint-failing", True),
-        (http("503 Service Unavailable", b"\x1b[2J" * 5000), "endpoint-failing", True),
-        (http("302 Found", Location="https://127.0.0.1/elsewhere"), "endpoint-redirects", False),
-        (http("304 Not Modified"), "endpoint-malformed-answer", False),
-        (http("200 OK", b"x", Content_Encoding="gzip"), "endpoint-malformed-answer", False),
-        (http("200 OK", b"<html>log in</html>"), "bundle-unknown-format", True),
-        (http("200 OK"), "bundle-unknown-format", True),
-        (http("200 OK", b"x" * (bundles.MAX_BYTES + 1)), "endpoint-sent-too-much", False),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nhello", "endpoint-broke-off", True),
-        (b"", "endpoint-broke-off", True),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "endpoint-broke-off", True),
-        (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 100_000, "endpoint-broke-off", True),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", "endpoint-broke-off", True),
-    ],
-    ids=lambda value: value[:30].decode() if isinstance(value, bytes) else None,
-)
-def test_an_answer_that_is_no_bundle_is_told_by_its_code(
-    host: Host, serve: Serve, answer: bytes, code: str, retry: bool
-) -> None:
-    error = trouble_of(host, trusting(serve(answer)))
-    assert (error.code, error.retry) == (code, retry), error.message
-    assert len(error.message) < 600
+ANSWERS: list[tuple[bytes, str, bool]] = [
+    (http("401 Unauthorized", b'{"error": {"code": "x", "message": "who are you"}}'), "endpoint-unauthorized", False),
+    (http("403 Forbidden", b"not for you", Content_Type="text/plain"), "endpoint-forbidden", False),
+    (http("404 Not Found"), "endpoint-not-found", False),
+    (http("410 Gone"), "endpoint-gone", False),
+    (http("400 Bad Request"), "endpoint-refused", False),
+    (http("204 No Content"), "endpoint-refused", False),
+    (http("429 Too Many Requests"), "endpoint-busy", True),
+    (http("500 Internal Server Error"), "endpoint-failing", True),
+    (http("503 Service Unavailable", b"\x1b[2J" * 5000), "endpoint-failing", True),
+    (http("302 Found", Location="https://127.0.0.1/elsewhere"), "endpoint-redirects", False),
+    (http("304 Not Modified"), "endpoint-malformed-answer", False),
+    (http("200 OK", b"x", Content_Encoding="gzip"), "endpoint-malformed-answer", False),
+    (http("200 OK", b"<html>log in</html>"), "bundle-unknown-format", True),
+    (http("200 OK"), "bundle-unknown-format", True),
+    (http("200 OK", b"x" * (bundles.MAX_BYTES + 1)), "endpoint-sent-too-much", False),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nhello", "endpoint-broke-off", True),
+    (b"", "endpoint-broke-off", True),
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "endpoint-broke-off", True),
+    (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 100_000, "endpoint-broke-off", True),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", "endpoint-broke-off", True),
+]
+
+
+def test_an_answer_that_is_no_bundle_is_told_by_its_code(host: Host, serve: Serve) -> None:
+    endpoints = [serve(answer) for answer, _, _ in ANSWERS]
+    found = at_once({n: lambda e=endpoint: trouble_of(host, trusting(e)) for n, endpoint in enumerate(endpoints)})
+    assert [(answer[:40], found[n].code, found[n].retry) for n, (answer, _, _) in enumerate(ANSWERS)] == [
+        (answer[:40], code, retry) for answer, code, retry in ANSWERS
+    ]
+    assert [error.message for error in found.values() if len(error.message) > 600] == []
 
 
 def test_the_servers_own_words_are_passed_on(host: Host, serve: Serve) -> None:
