@@ -1,6 +1,6 @@
 """Valid by default: a test names only what is different about its bundle.
 
-    verify(a_bundle(token=CLUSTER.token(audience="somebody-else")), MOMENT, resolves=nothing)
+verify(a_bundle(token=CLUSTER.token(audience="somebody-else")), MOMENT, resolves=nothing)
 """
 
 from collections.abc import Mapping
@@ -8,14 +8,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Any
 
+from lab.cluster import Authority, Cluster, Release, now
 from vmmesh_agent.bundle import Bundle, Package, Sidecar, Workload
 from vmmesh_agent.config import Config, Endpoint, SidecarSettings
 from vmmesh_agent.health import Condition, Health, Severity, State
 from vmmesh_agent.report import Known, Report
 from vmmesh_agent.units import UnitState
 from vmmesh_agent.verify import VerifiedBundle, verify
-
-from lab.cluster import Authority, Cluster, Release, now
 
 CLUSTER = Cluster.create()
 STRANGER = Authority.create("somebody else")
@@ -43,7 +42,8 @@ POD_NAMESPACE='shop'
 SERVICE_ACCOUNT='orders'
 TRUST_DOMAIN='cluster.local'
 """
-MESH_1_12 = """\
+_LABELS = '{"app":"orders","service.istio.io/canonical-name":"orders","service.istio.io/canonical-revision":"latest"}'
+MESH_1_12 = f"""\
 defaultConfig:
   discoveryAddress: istiod.istio-system.svc:15012
   meshId: mesh7
@@ -55,7 +55,7 @@ defaultConfig:
     ISTIO_META_MESH_ID: mesh7
     ISTIO_META_NETWORK: ""
     ISTIO_META_WORKLOAD_NAME: orders
-    ISTIO_METAJSON_LABELS: '{"app":"orders","service.istio.io/canonical-name":"orders","service.istio.io/canonical-revision":"latest"}'
+    ISTIO_METAJSON_LABELS: '{_LABELS}'
     POD_NAMESPACE: shop
     SERVICE_ACCOUNT: orders
     TRUST_DOMAIN: cluster.local
@@ -77,8 +77,9 @@ def a_bundle(
     **files: bytes | None,
 ) -> Bundle:
     """Return a sound bundle for vm/demo. `files` replace whole files (`hosts=b""`); None leaves one out."""
+    replaced: dict[str, Any] = dict(files)
     contents = CLUSTER.bundle(
-        token=token, address=address, revision=revision, as_of=as_of, environment=environment, **files
+        token=token, address=address, revision=revision, as_of=as_of, environment=environment, **replaced
     )
     return Bundle(contents, workload, sidecar)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vmmesh_agent.verify import VerifiedBundle
 
 _DEFAULT_TIMEOUT = 300.0
+_LOCK_SECONDS = 10.0  # the daemon has the lock only while it changes something
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +79,7 @@ def _bootstrap(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _preview(world)
     host.require_root("joining the mesh")
-    with host.lock(LOCK):
+    with host.lock(LOCK, _LOCK_SECONDS):
         watch = Watch(host, world.units)
         trouble: AgentError | None = None
         joined = None
@@ -159,7 +160,7 @@ def _restore(options: argparse.Namespace) -> int:
 
     host = Host(options.root)
     host.require_root("restoring the files")
-    with host.lock(LOCK):
+    with host.lock(LOCK, _LOCK_SECONDS):
         restore(host, _Terminal(), _now())
     return 0
 
@@ -223,6 +224,86 @@ def _explain(options: argparse.Namespace) -> int:
     else:
         print(render.human_health(health, width=_width(), colour=_in_colour()), end="")
     return health.state.exit_status
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from collections import deque
+
+    from vmmesh_agent import follow
+    from vmmesh_agent.records import Stream
+
+    host = Host(options.root)
+    streams = list(Stream) if options.stream == "all" else [Stream(options.stream)]
+    if Stream.JOURNAL in streams and not host.is_root:
+        print("vmmesh-agent: the journal shows what it has of istio.service to root only", file=sys.stderr)
+    draw = follow.painted if _in_colour() else (lambda line: line.text)
+    logs, story = follow.Logs(host, streams), follow.Story(_width())
+    past = [*story.tell(logs.read(_now()))]
+    past += story.pause(_now()) if options.follow else story.end(_now())
+    for line in deque(past, options.lines):
+        print(draw(line))
+    while options.follow:
+        sys.stdout.flush()
+        time.sleep(0.5)
+        for line in (*story.tell(logs.read(_now())), *story.pause(_now())):
+            print(draw(line))
+    logs.close()
+    return 0
+
+
+def _collect_logs(options: argparse.Namespace) -> int:
+    from vmmesh_agent import support
+
+    host = Host(options.root)
+    host.require_root("collecting what support needs")
+    moment = _now()
+    name = support.archive_name(host, moment)
+    target = options.tarfile or Path(f"{name}.tar.gz")
+    # Before anything is collected: a file that is there, or a link, is left alone.
+    descriptor = _new_private_file(target)
+    try:
+        collected = support.collect(host, PurePosixPath(options.config.absolute()) if options.config else None)
+        with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor, not a path
+            file.write(support.packed(name, collected, moment))
+    except BaseException:
+        target.unlink()
+        raise
+    print(f"wrote {target}: {len(collected.members)} files, secrets left out")
+    for missing, reason in collected.missing.items():
+        print(f"  without {missing}: {reason}")
+    return 0
+
+
+def _new_private_file(path: Path) -> int:
+    from vmmesh_agent.errors import HostError
+
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(
+            f"{path}: {error.strerror}", code="file-not-written", hint="name a file that does not exist yet: --tarfile"
+        ) from None
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from vmmesh_agent import doctor
+
+    host = Host(options.root)
+    config, trouble = None, None
+    try:
+        config = _config(options, host)
+    except AgentError as error:  # a row among the others
+        trouble = error
+    rows = []
+    for row in doctor.examine(doctor.Patient(host, config, trouble, _now())):
+        rows.append(row)
+        if options.output == "human" and row.result is not doctor.Result.NOT_APPLICABLE:
+            print(doctor.human(row, width=_width(), colour=_in_colour()), flush=True)
+    if options.output == "json":
+        _print_json({"schema": doctor.SCHEMA, "checks": [row.as_dict() for row in rows]})
+    else:
+        print(f"\n{doctor.summary(rows)}")
+    return doctor.exit_status(rows, trouble)
 
 
 def _check_config(options: argparse.Namespace) -> int:
@@ -466,8 +547,23 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--stream", choices=["log", "err", "journal"], help="what the files are (default: by name)")
     explain.add_argument("--output", choices=["human", "json"], default="human")
     explain.add_argument("files", nargs="+", metavar="FILE", help="log files, or - for standard input")
+    logs = command("logs", _logs, "show the lines of the sidecar's logs that matter, each condition explained")
+    logs.add_argument("--follow", action="store_true", help="go on with what is written from now on")
+    logs.add_argument("--lines", type=_count, default=200, metavar="N", help="of the past (default: 200)")
+    logs.add_argument("--stream", choices=["log", "err", "journal", "all"], default="all")
+    collect = command("collect-logs", _collect_logs, "write an archive for support, without secrets")
+    collect.add_argument("--tarfile", type=Path, metavar="FILE", help="a new file (default: here, by host and time)")
+    doctor = command("doctor", _doctor, "check this machine, its endpoint and its sidecar; changes nothing")
+    doctor.add_argument("--output", choices=["human", "json"], default="human")
     command("check-config", _check_config, "validate the configuration and print what is in force")
     return parser
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if not 0 <= count < 1_000_000:
+        raise ValueError
+    return count
 
 
 def _seconds(text: str) -> float:

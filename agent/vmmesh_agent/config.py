@@ -64,6 +64,13 @@ class SidecarSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Metrics:
+    """Where the daemon writes its metrics, for node_exporter's textfile collector."""
+
+    textfile: PurePosixPath | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The configuration in force."""
 
@@ -71,6 +78,7 @@ class Config:
     workload_group: Workload | None = None
     sidecar: SidecarSettings = SidecarSettings()
     healthy_within: float = 180.0
+    metrics: Metrics = Metrics()
 
 
 class _WrongError(ValueError):
@@ -115,6 +123,13 @@ def _path(value: Any) -> PurePosixPath:
     path = PurePosixPath(_text(value))
     if not path.is_absolute() or ".." in path.parts:
         raise _WrongError("an absolute path")
+    return path
+
+
+def _textfile(value: Any) -> PurePosixPath:
+    path = _path(value)
+    if path.suffix != ".prom":
+        raise _WrongError("an absolute path that ends in .prom, as node_exporter looks for")
     return path
 
 
@@ -188,6 +203,7 @@ SETTINGS: Mapping[str, Callable[[Any], Any]] = {
     "sidecar.sha256": _digest,
     "sidecar.allow_downgrade": _truth,
     "healthy_within": _seconds(5, 3600),
+    "metrics.textfile": _textfile,
 }
 _SECTIONS = {key.rpartition(".")[0] for key in SETTINGS} | {"endpoint"}
 
@@ -293,5 +309,6 @@ def _config(settings: Mapping[str, Any]) -> Config:
         endpoint=Endpoint(**section("endpoint."), credential=credential),
         workload_group=Workload(**workload) if workload else None,
         sidecar=SidecarSettings(**section("sidecar.")),
+        metrics=Metrics(**section("metrics.")),
         **{key: value for key, value in settings.items() if "." not in key},
     )

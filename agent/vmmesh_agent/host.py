@@ -19,6 +19,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -123,13 +124,17 @@ class Host:
             return None
         return tuple(dict.fromkeys(line.split()[0] for line in found.stdout.splitlines() if line.strip()))
 
-    def answers(self, port: int, timeout: float) -> bool:
-        """Does something accept connections on this port of the loopback interface?"""
+    def answers(self, port: int, path: str, timeout: float) -> bool:
+        """Does an HTTP server on the loopback interface answer, whatever it says?
+
+        A connection alone would not tell: the kernel accepts it for a process that hangs.
+        """
         try:
-            socket.create_connection(("127.0.0.1", port), timeout).close()
+            with socket.create_connection(("127.0.0.1", port), timeout) as connection:
+                connection.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+                return bool(connection.recv(1))
         except OSError:
             return False
-        return True
 
     def exchange(self, port: int, datagram: bytes, timeout: float) -> bytes | None:
         """Send a datagram to a UDP port of the loopback interface; return the answer, None where there is none."""
@@ -341,13 +346,17 @@ class Host:
         timeout: float = 60,
         check: bool = True,
         environment: Mapping[str, str] | None = None,
+        input: bytes = b"",  # noqa: A002  # the name that subprocess.run gave it
         output_limit: int = 16 * 1024**2,
     ) -> Completed:
-        """Run a command to its end. `timeout` in seconds; `check` makes a non-zero status a `HostError`."""
+        """Run a command to its end. `timeout` in seconds; `check` makes a non-zero status a `HostError`.
+
+        `input` is its standard input: empty, it is at its end at once.
+        """
         try:
             done = subprocess.run(
                 argv,
-                stdin=subprocess.DEVNULL,
+                input=input,
                 capture_output=True,
                 timeout=timeout,
                 check=False,
@@ -392,22 +401,23 @@ class Host:
         )
 
     @contextlib.contextmanager
-    def lock(self, path: PurePosixPath) -> Iterator[None]:
-        """Hold the lock file for as long as the block lasts; raise `HostError` where another process has it."""
+    def lock(self, path: PurePosixPath, patience: float = 0) -> Iterator[None]:
+        """Hold the lock file for as long as the block lasts.
+
+        Raise `HostError` (code `locked`) where another process has it and keeps it for `patience` seconds.
+        """
         self.make_folder(path.parent, ROOT, 0o755)
         with _explained(path), self._parent(path) as (folder, name):
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another vmmesh-agent"
-                raise HostError(
-                    f"{holder} is at work on this machine",
-                    code="locked",
-                    hint="wait for it to end",
-                    retry=True,
-                ) from None
+            deadline = time.monotonic() + patience
+            while not _locked(descriptor):
+                if time.monotonic() >= deadline:
+                    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another vmmesh-agent"
+                    raise HostError(
+                        f"{holder} is at work on this machine", code="locked", hint="wait for it to end", retry=True
+                    )
+                time.sleep(0.1)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"vmmesh-agent (process {os.getpid()})\n".encode(), 0)
             yield
@@ -533,6 +543,14 @@ def _sync(folder: int) -> None:
     """Make the names in a folder survive a power cut."""
     with _readable(folder) as descriptor:
         os.fsync(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _own(descriptor: int, owner: Account) -> None:

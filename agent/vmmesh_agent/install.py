@@ -113,6 +113,7 @@ def apply(host: Host, source: Source, path: PurePosixPath, package: PackageFile)
         source.manager.install(path)
     if source.sha256:
         record = json.dumps({"sha256": source.sha256, "version": package.version}).encode()
+        host.make_folder(RECORD.parent, ROOT, 0o700)
         host.write(RECORD, record, ROOT, 0o600)
     if path.parent == CACHE:
         host.remove(path)

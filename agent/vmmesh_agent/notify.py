@@ -1,6 +1,7 @@
-"""Tell systemd how the daemon is (sd_notify(3)); nothing happens where systemd does not ask."""
+"""Tell systemd how the daemon is (sd_notify(3), sd_journal_send(3)); nothing happens where systemd does not ask."""
 
 from systemd.daemon import notify as _notify
+from systemd.journal import send as _send
 
 
 def ready(status: str) -> None:
@@ -21,3 +22,8 @@ def alive() -> None:
 def stopping() -> None:
     """The daemon is about to end."""
     _notify("STOPPING=1")
+
+
+def event(message: str, fields: dict[str, str]) -> None:
+    """Put one entry with these fields of its own into the journal (systemd.journal-fields(7))."""
+    _send(message, **fields)

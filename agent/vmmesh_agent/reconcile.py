@@ -27,7 +27,7 @@ from vmmesh_agent.units import ISTIO, Units
 from vmmesh_agent.verify import VerifiedBundle, verify
 from vmmesh_agent.watch import Watch
 
-LOCK = PurePosixPath("/run/vmmesh-agent/lock")
+LOCK = PurePosixPath("/run/vmmesh-agent/lock")  # whoever changes the machine holds it
 _SETTLED = {State.HEALTHY, State.DEGRADED}
 _POLL_SECONDS = 0.25
 _HOPELESS_SECONDS = 45.0

@@ -1,9 +1,12 @@
 """A report as text: for a person, for Nagios, for Prometheus. Pure."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from vmmesh_agent import __version__
 from vmmesh_agent.health import Condition, Health, Severity, State
 from vmmesh_agent.report import FRESH_SECONDS, Report
 from vmmesh_agent.text import printable
@@ -129,31 +132,64 @@ def nagios(report: Report, now: datetime) -> tuple[str, int]:
 # --- Prometheus ---
 
 
-def prometheus(report: Report) -> str:
-    """Return the report in the text exposition format, for node_exporter's textfile collector."""
+@dataclass(slots=True)
+class Activity:
+    """What a daemon has done and seen since it began: its counters start at 0 with it.
+
+    When each step last succeeded by its name (aware times), how many attempts of fetching failed by the error's
+    code, and how many conditions have begun by their code.
+    """
+
+    succeeded: dict[str, datetime] = field(default_factory=dict)
+    fetch_failures: Counter[str] = field(default_factory=Counter)
+    conditions: Counter[str] = field(default_factory=Counter)
+
+
+def prometheus(report: Report, activity: Activity | None = None) -> str:
+    """Return the report in the text exposition format, for node_exporter's textfile collector.
+
+    What only a running daemon knows is left out where there is no `activity`.
+    """
+    activity = activity or Activity()
     lines: list[str] = []
 
-    def metric(name: str, help_text: str, samples: list[tuple[str, float]]) -> None:
+    def metric(name: str, help_text: str, samples: list[tuple[str, float]], kind: str = "gauge") -> None:
         if samples:
-            lines.extend([f"# HELP {name} {help_text}", f"# TYPE {name} gauge"])
+            lines.extend([f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"])
             lines.extend(
                 f"{name}{labels} {value:g}" if value < 1e6 else f"{name}{labels} {value:.0f}"
                 for labels, value in samples
             )
 
+    def counter(name: str, help_text: str, counts: Counter[str]) -> None:
+        metric(name, help_text, [(_labels(code=code), float(n)) for code, n in sorted(counts.items())], "counter")
+
+    namespace, _, group = report.known.workload.partition("/")
+    metric(
+        "vmmesh_agent_info",
+        "Versions and the WorkloadGroup of this VM; always 1.",
+        [
+            (
+                _labels(
+                    version=__version__,
+                    istio_version=report.known.sidecar_version,
+                    namespace=namespace,
+                    workload_group=group,
+                ),
+                1.0,
+            )
+        ],
+    )
     metric(
         "vmmesh_agent_state",
         "The state of this VM in the mesh: 1 for the one it is in.",
-        [(f'{{state="{state}"}}', float(state is report.health.state)) for state in State],
+        [(_labels(state=state), float(state is report.health.state)) for state in State],
     )
+    worst = {condition.code: condition.severity for condition in reversed(report.health.conditions)}
     metric(
         "vmmesh_agent_condition",
         "What is wrong, by code: 1 degraded, 2 failed.",
-        [
-            (f'{{code="{code}"}}', float(severity))
-            for code, severity in {each.code: each.severity for each in reversed(report.health.conditions)}.items()
-            if severity > Severity.NOTE
-        ],
+        [(_labels(code=code), float(severity)) for code, severity in worst.items() if severity > Severity.NOTE],
     )
     for name, what, moment in (
         ("token", "the token", report.known.token_expires_at),
@@ -163,8 +199,23 @@ def prometheus(report: Report) -> str:
         metric(f"vmmesh_agent_{name}_expiry_timestamp_seconds", f"When {what} expires, as a Unix time.", stamps)
     metric(
         "vmmesh_agent_istio_restarts",
-        "How often systemd has restarted istio.service by itself.",
+        "How often systemd has restarted istio.service by itself since it was last started by hand.",
         [("", float(report.unit.restarts))],
+    )
+    metric(
+        "vmmesh_agent_last_success_timestamp_seconds",
+        "When the daemon last ended a step of joining without failure, as a Unix time.",
+        [(_labels(operation=step), moment.timestamp()) for step, moment in activity.succeeded.items()],
+    )
+    counter(
+        "vmmesh_agent_fetch_failures_total",
+        "Failed attempts to get the bundle or the package, by the error's code, since the daemon began.",
+        activity.fetch_failures,
+    )
+    counter(
+        "vmmesh_agent_conditions_total",
+        "Conditions that have begun since the daemon began, by their code.",
+        activity.conditions,
     )
     metric(
         "vmmesh_agent_updated_timestamp_seconds",
@@ -172,3 +223,12 @@ def prometheus(report: Report) -> str:
         [("", report.updated_at.timestamp())],
     )
     return "\n".join(lines) + "\n"
+
+
+def _labels(**labels: str) -> str:
+    escaped = (f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    return f"{{{','.join(escaped)}}}"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -30,7 +30,7 @@ _SECONDS = 2.0  # for each look
 
 _LOW_SPACE = 32 * 1024**2  # bytes left in the log folder's file system
 _LARGE_LOGS = 1024**3  # bytes that the logs may take up before a word is said
-_SKEW = timedelta(seconds=60)
+SKEW = timedelta(seconds=60)
 _OVERDUE = 0.25  # of a certificate's life: pilot-agent renews at about half
 
 
@@ -75,7 +75,7 @@ def gather(host: Host, istiod: str) -> Signals:
         token=(_read(host, TOKEN) or b"") if is_root else None,
         is_captured=_is_captured(host) if is_root else None,
         captures_by_itself=b"ISTIO_CUSTOM_IP_TABLES=true" not in (_read(host, SIDECAR_ENV) or b"").replace(b'"', b""),
-        envoy_answers=host.answers(READY_PORT, _SECONDS),
+        envoy_answers=host.answers(READY_PORT, "/healthz/ready", _SECONDS),
         istiod_addresses=host.addresses(istiod, _SECONDS) if istiod else None,
         log_space=_or_none(host, LOG_FOLDER),
         log_size=_size_of_logs(host),
@@ -94,7 +94,7 @@ def conditions(signals: Signals, expected: Expected, *, is_running: bool, now: d
         yield from _name_conditions(signals, expected)
     elif signals.is_captured:
         yield _LEFT_BEHIND
-    if expected.clock_offset is not None and abs(expected.clock_offset) > _SKEW:
+    if expected.clock_offset is not None and abs(expected.clock_offset) > SKEW:
         seconds = expected.clock_offset.total_seconds()
         yield Condition(
             "clock_skew",
@@ -179,7 +179,7 @@ def _name_conditions(signals: Signals, expected: Expected) -> Iterator[Condition
             "istiod_address_mismatch",
             Severity.DEGRADED,
             f"{expected.istiod} leads to {found[0]}; the bundle says {', '.join(expected.addresses)}.",
-            f"Look for another line that names it: grep -n {expected.istiod} /etc/hosts; the first line wins.",
+            f"Look for another line that names it, and remove it: `grep -n {expected.istiod} /etc/hosts`.",
         )
 
 
@@ -193,12 +193,12 @@ _LEFT_BEHIND = Condition(
     "capture_left_behind",
     Severity.DEGRADED,
     "The sidecar does not run, but traffic is still redirected to it: connections of this machine go nowhere.",
-    "Run `/usr/local/bin/istio-start.sh clean`, or start the sidecar: systemctl start istio.",
+    "Run `/usr/local/bin/istio-start.sh clean`, or start the sidecar: `systemctl start istio`.",
 )
 _ENVOY_SILENT = Condition(
     "envoy_silent",
     Severity.FAILED,
-    f"Envoy accepts no connection on its health port {READY_PORT}, although the sidecar runs.",
+    f"Envoy does not answer on its health port {READY_PORT}, although the sidecar runs.",
     "Run `systemctl restart istio`; if it stays so, read /var/log/istio/istio.err.log.",
 )
 
@@ -244,14 +244,23 @@ def _certificate(host: Host) -> OwnCertificate | None:
 
 
 def _is_captured(host: Host) -> bool | None:
-    """Is the sidecar's chain in the nat table?"""
+    """Does the nat table lead outgoing traffic to the sidecar? An emptied chain leads nowhere."""
+    jumps = _rules(host, "OUTPUT")
+    redirects = _rules(host, _CHAIN)
+    if jumps is None or redirects is None:
+        return None
+    return f"-j {_CHAIN}" in jumps and "-A " in redirects
+
+
+def _rules(host: Host, chain: str) -> str | None:
+    """Return a chain's rules as text, empty where there is no such chain, None where iptables does not say."""
     try:
-        done = host.run(["iptables", "--wait", "2", "--table", "nat", "--list-rules", _CHAIN], timeout=5, check=False)
+        done = host.run(["iptables", "--wait", "2", "--table", "nat", "--list-rules", chain], timeout=5, check=False)
     except AgentError:
         return None
     if done.status == 0:
-        return True
-    return False if "No chain" in done.stderr or "does not exist" in done.stderr else None
+        return done.stdout
+    return "" if "No chain" in done.stderr or "does not exist" in done.stderr else None
 
 
 def _read(host: Host, path: PurePosixPath) -> bytes | None:

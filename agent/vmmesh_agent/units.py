@@ -64,6 +64,14 @@ class Units:
     def stop(self, unit: str) -> None:
         self._host.run(["systemctl", "stop", unit], timeout=_SECONDS)
 
+    def request_start(self, unit: str) -> None:
+        """Let systemd start the unit, and do not wait for it."""
+        self._host.run(["systemctl", "start", "--no-block", unit], timeout=10)
+
+    def request_stop(self, unit: str) -> None:
+        """Let systemd stop the unit, and do not wait for it."""
+        self._host.run(["systemctl", "stop", "--no-block", unit], timeout=10)
+
     def exists(self, unit: str) -> bool:
         """Is there a unit file of a package?"""
         folders = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")

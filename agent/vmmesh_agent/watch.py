@@ -159,25 +159,25 @@ _STOPPED = Condition(
     "stopped",
     Severity.NOTE,
     "The sidecar is stopped: istio.service is not running.",
-    "Start it with: systemctl start istio",
+    "Start it: `systemctl start istio`.",
 )
 _ENDS_AGAIN = Condition(
     "agent_crashed",
     Severity.FAILED,
     "The sidecar ends again and again, and its logs do not say why.",
-    "Read what the start script said: journalctl -u istio -n 50",
+    "Read what the start script said: `journalctl -u istio -n 50`.",
 )
 _SILENT = Condition(
     "logs_silent",
     Severity.NOTE,
     "The sidecar runs, and its logs hold nothing about this run (they may have been rotated).",
-    "Restart it to see it start: systemctl restart istio",
+    "Restart it to see it start: `systemctl restart istio`.",
 )
 _NO_SYSTEMD = Condition(
     "systemd_silent",
     Severity.NOTE,
     "systemd does not say how istio.service is.",
-    "See what this prints: systemctl status istio",
+    "See what `systemctl status istio` prints.",
 )
 
 

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmmesh_agent.report import Report
 
 from factories import CLUSTER, MOMENT, a_bundle, a_condition, a_report
 from lab.cluster import as_json, as_secret, as_tar, now, write_directory
 from vmmesh_agent.health import State
+from vmmesh_agent.report import Report
 
 COMMAND = Path(sys.executable).with_name("vmmesh-agent")
 COMMANDS = "run bootstrap verify restore status wait explain check-config".split()
 CONTENTS = dict(a_bundle().files)
-ADDRESS = b"defaultConfig: {discoveryAddress: '192.0.2.1:15012'}\n"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 
 
@@ -30,7 +29,7 @@ def agent(*arguments: str | Path, stdin: bytes = b"", **environment: str) -> sub
         [COMMAND, *arguments],
         input=stdin,
         capture_output=True,
-        timeout=60,
+        timeout=200,
         check=False,
         env={"PATH": os.environ["PATH"], "COLUMNS": "80", **environment},
     )
@@ -45,7 +44,7 @@ def agent(*arguments: str | Path, stdin: bytes = b"", **environment: str) -> sub
 def test_every_command_has_help() -> None:
     overview = agent("--help").stdout
     for command in COMMANDS:
-        assert re.search(rf"^ +{command} ", overview, re.MULTILINE), command
+        assert re.search(rf"^ +{command}\s", overview, re.MULTILINE), command
         done = agent(command, "--help")
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(f"usage: vmmesh-agent {command}")
@@ -84,7 +83,12 @@ def test_a_command_line_that_makes_no_sense_ends_with_64(arguments: list[str]) -
 
 @pytest.mark.parametrize("form", ["folder", "tar.gz", "tar", "json", "secret", "-"])
 def test_each_form_of_a_bundle_is_judged(form: str, tmp_path: Path) -> None:
-    forms = {"tar.gz": as_tar(CONTENTS), "tar": as_tar(CONTENTS, gz=False, folder="demo"), "json": as_json(CONTENTS), "secret": as_secret(CONTENTS)}
+    forms = {
+        "tar.gz": as_tar(CONTENTS),
+        "tar": as_tar(CONTENTS, gz=False, folder="demo"),
+        "json": as_json(CONTENTS),
+        "secret": as_secret(CONTENTS),
+    }
     if form == "folder":
         done = agent("verify", write_directory(CONTENTS, tmp_path / "bundle"))
     elif form == "-":
@@ -99,10 +103,15 @@ def test_each_form_of_a_bundle_is_judged(form: str, tmp_path: Path) -> None:
 
 
 def test_everything_that_is_wrong_is_listed(tmp_path: Path) -> None:
-    files = dict(a_bundle(token=CLUSTER.token(audience="other"), hosts=b"192.0.2.1 example.com\n").files)
+    bundle = a_bundle(
+        token=CLUSTER.token(audience="other"),
+        hosts=b"192.0.2.1 istiod.istio-system.svc example.com\n",
+        environment={"LD_PRELOAD": "/tmp/x.so"},
+    )
+    files = dict(bundle.files)
     done = agent("verify", write_directory(files, tmp_path / "bundle"))
     assert (done.returncode, done.stdout) == (1, "")
-    for code in ("token-wrong-audience", "hosts-foreign-name", "istiod-not-found"):
+    for code in ("token-wrong-audience", "hosts-foreign-name", "cluster-env-refused"):
         assert code in done.stderr
     assert "  → " in done.stderr
 
@@ -134,7 +143,9 @@ def test_a_bundle_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o000])
 def test_the_files_can_be_written_as_they_would_be_placed(tmp_path: Path, mask: int) -> None:
-    (tmp_path / "bundle").write_bytes(as_tar({name: content.replace(b"\n", b"\r\n") for name, content in CONTENTS.items()}))
+    (tmp_path / "bundle").write_bytes(
+        as_tar({name: content.replace(b"\n", b"\r\n") for name, content in CONTENTS.items()})
+    )
     before = os.umask(mask)
     try:
         assert agent("verify", "--write", tmp_path / "new/folder", tmp_path / "bundle").returncode == 0
@@ -169,7 +180,6 @@ def test_a_refused_bundle_is_not_written(tmp_path: Path) -> None:
 # --- explain ---
 
 STARTED = "2026-03-04T18:15:30.000000Z\tinfo\tVersion 1.28.1-0f1e2d3c4b5a69788796a5b4c3d2e1f001234567-Clean\n"
-NO_HOST = "2026-03-04T18:{minute:02}:31.000000Z\twarn\tca\tca request failed, starting attempt {minute} in 100ms\n"
 
 
 def test_a_log_on_standard_input_is_explained() -> None:
@@ -198,7 +208,9 @@ def test_a_log_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_the_configuration_in_force_is_printed(tmp_path: Path) -> None:
     (tmp_path / "etc/vmmesh-agent/config.d").mkdir(parents=True)
-    (tmp_path / "etc/vmmesh-agent/config.yaml").write_text("endpoint: {url: 'file:///srv/bundle'}\nhealthy_within: 60\n")
+    (tmp_path / "etc/vmmesh-agent/config.yaml").write_text(
+        "endpoint: {url: 'file:///srv/bundle'}\nhealthy_within: 60\n"
+    )
     (tmp_path / "etc/vmmesh-agent/config.d/10.yaml").write_text("healthy_within: 90\n")
     (tmp_path / "etc/vmmesh-agent/config.d/20.yaml.bak").write_text("healthy_within: 99\n")
     done = agent("--root", tmp_path, "check-config")
@@ -207,12 +219,13 @@ def test_the_configuration_in_force_is_printed(tmp_path: Path) -> None:
 
 
 def test_a_wrong_configuration_ends_every_command_that_reads_it_with_78(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("endpoint: {urll: x}\n")
-    for command in ("check-config", "run", "bootstrap", "restore"):
-        done = agent("--root", tmp_path, "--config", tmp_path / "config.yaml", command)
+    (tmp_path / "etc/vmmesh-agent").mkdir(parents=True)
+    (tmp_path / "etc/vmmesh-agent/config.yaml").write_text("endpoint: {urll: x}\n")
+    for command in ("check-config", "run", "bootstrap"):
+        done = agent("--root", tmp_path, command)
         expected = 78 if os.geteuid() == 0 or command == "check-config" else 77
         assert done.returncode == expected, command
-    assert "did you mean endpoint.url?" in done.stderr
+        assert "did you mean endpoint.url?" in done.stderr or expected == 77
 
 
 def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -230,11 +243,13 @@ def test_a_presigned_address_is_not_printed_whole(tmp_path: Path) -> None:
 @needs_root
 @pytest.mark.parametrize("command", ["run", "bootstrap", "restore"])
 def test_what_needs_root_ends_with_77_for_others(command: str, tmp_path: Path) -> None:
-    script = "import os, sys; from vmmesh_agent.cli import main; os.setresuid(65534, 65534, 65534); sys.exit(main(sys.argv[1:]))"
+    script = "import os, sys; os.setresuid(65534, 65534, 65534); sys.exit(vmmesh_agent.cli.main(sys.argv[1:]))"
     (tmp_path / "etc/vmmesh-agent").mkdir(parents=True)
     (tmp_path / "etc/vmmesh-agent/config.yaml").write_text("endpoint: {url: 'file:///srv/bundle'}\n")
     root = os.open(tmp_path, os.O_RDONLY)
-    imports = "import vmmesh_agent.cli, vmmesh_agent.config, vmmesh_agent.daemon, vmmesh_agent.reconcile, vmmesh_agent.log; "
+    imports = (
+        "import vmmesh_agent.cli, vmmesh_agent.config, vmmesh_agent.daemon, vmmesh_agent.reconcile, vmmesh_agent.log; "
+    )
     done = subprocess.run(
         [sys.executable, "-c", imports + script, "--root", f"/proc/self/fd/{root}", command],
         capture_output=True, text=True, pass_fds=[root], check=False,
@@ -279,7 +294,11 @@ def test_status_in_json_is_the_record(tree: Path) -> None:
 def test_status_for_nagios_has_its_own_exit_status(tree: Path) -> None:
     leave(tree, fresh(State.FAILED, a_condition()))
     done = agent("--root", tree, "status", "--output", "nagios")
-    assert (done.returncode, done.stdout.startswith("VMMESH CRITICAL - vm/demo: "), done.stdout.count("\n")) == (2, True, 1)
+    assert (done.returncode, done.stdout.startswith("VMMESH CRITICAL - vm/demo: "), done.stdout.count("\n")) == (
+        2,
+        True,
+        1,
+    )
 
 
 def test_status_for_prometheus_is_text(tree: Path) -> None:
@@ -298,5 +317,5 @@ def test_waiting_ends_when_the_state_is_there_and_gives_up_in_time(tree: Path) -
 
 def test_a_reader_that_goes_away_is_no_error(tree: Path) -> None:
     leave(tree, fresh())
-    pipeline = ["sh", "-c", '"$0" --root "$1" status | true', COMMAND, tree]
+    pipeline: list[str | Path] = ["sh", "-c", '"$0" --root "$1" status | true', COMMAND, tree]
     assert subprocess.run(pipeline, capture_output=True, text=True, check=False).stderr == ""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
+
 from vmmesh_agent.errors import AgentError, HostError, NotPermittedError
 from vmmesh_agent.host import Account, Host
 
@@ -58,7 +59,9 @@ def test_a_path_is_below_the_root(host: Host, tree: Path) -> None:
     assert host.outside(PATH("/etc/new")) == tree / "etc/new"
 
 
-@pytest.mark.parametrize("target", ["/var/lib/istio", "../var/lib/istio", "../../../../../../var/lib/istio", "/../var/lib/istio"])
+@pytest.mark.parametrize(
+    "target", ["/var/lib/istio", "../var/lib/istio", "../../../../../../var/lib/istio", "/../var/lib/istio"]
+)
 def test_a_link_inside_the_tree_is_followed_inside_the_tree(host: Host, tree: Path, target: str) -> None:
     (tree / "etc/istio").symlink_to(target)
     host.write(PATH("/etc/istio/config/mesh"), b"defaultConfig: {}\n", ME, 0o644)
@@ -200,7 +203,10 @@ def test_a_file_gets_its_mode_whatever_the_umask(host: Host, tree: Path) -> None
 @needs_root
 def test_owners_and_modes_are_as_asked_and_parents_are_roots(host: Host, tree: Path) -> None:
     host.make_folder(PATH("/var/a/b/c"), SOMEBODY, 0o700)
-    owners = {path: ((tree / path).stat().st_uid, stat.S_IMODE((tree / path).stat().st_mode)) for path in ("var/a", "var/a/b", "var/a/b/c")}
+    owners = {
+        path: ((tree / path).stat().st_uid, stat.S_IMODE((tree / path).stat().st_mode))
+        for path in ("var/a", "var/a/b", "var/a/b/c")
+    }
     assert owners == {"var/a": (0, 0o755), "var/a/b": (0, 0o755), "var/a/b/c": (65534, 0o700)}
     host.write(PATH("/var/a/b/c/token"), b"x", SOMEBODY, 0o600)
     found = host.status(PATH("/var/a/b/c/token"))
@@ -324,7 +330,11 @@ def test_what_only_root_may_do_is_said_so(tree: Path) -> None:
     )
     with os_open(tree) as folder:  # the folders above belong to pytest's user alone
         asked = subprocess.run(
-            [*python(), script, f"/proc/self/fd/{folder}"], capture_output=True, text=True, pass_fds=[folder], check=True
+            [*python(), script, f"/proc/self/fd/{folder}"],
+            capture_output=True,
+            text=True,
+            pass_fds=[folder],
+            check=True,
         )
     assert asked.stdout == "NotPermittedError permission-denied 77 False\n"
 
@@ -348,7 +358,9 @@ def os_open(folder: Path) -> Iterator[int]:
 
 
 def test_an_account_is_looked_up_in_the_tree(host: Host, tree: Path) -> None:
-    (tree / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nistio-proxy:x:997:996::/var/lib/istio:/bin/false\nbroken\n")
+    (tree / "etc/passwd").write_text(
+        "root:x:0:0::/root:/bin/sh\nistio-proxy:x:997:996::/var/lib/istio:/bin/false\nbroken\n"
+    )
     assert host.account("istio-proxy") == Account(997, 996)
     assert host.account("nobody-here") is None
     assert host.account("broken") is None

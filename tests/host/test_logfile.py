@@ -4,6 +4,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 import pytest
+
 from vmmesh_agent.host import Host, LogFile
 
 LOG = PurePosixPath("/var/log/istio/istio.log")

@@ -5,14 +5,14 @@ from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
 import pytest
+
+from factories import CLUSTER, MOMENT, STRANGER, a_bundle, a_verified_bundle
+from lab.cluster import Authority
 from vmmesh_agent import place
 from vmmesh_agent.errors import AgentError, PlaceError
 from vmmesh_agent.host import Host
 from vmmesh_agent.place import TABLE, merged_roots
 from vmmesh_agent.verify import VerifiedBundle
-
-from factories import CLUSTER, MOMENT, STRANGER, a_bundle, a_verified_bundle
-from lab.cluster import Authority
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to istio-proxy")
 
@@ -32,7 +32,9 @@ def tree(tmp_path: Path) -> Path:
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "etc/istio").symlink_to("/var/lib/istio")
     (tmp_path / "var/run").symlink_to("/run")
-    (tmp_path / "etc/passwd").write_text(f"root:x:0:0::/root:/bin/sh\nistio-proxy:x:{ISTIO}:996::/var/lib/istio:/bin/false\n")
+    (tmp_path / "etc/passwd").write_text(
+        f"root:x:0:0::/root:/bin/sh\nistio-proxy:x:{ISTIO}:996::/var/lib/istio:/bin/false\n"
+    )
     (tmp_path / "etc/hosts").write_bytes(b"127.0.0.1 localhost\n")
     return tmp_path
 
@@ -55,7 +57,12 @@ def put(host: Host, bundle: VerifiedBundle, previous: bytes = b"") -> list[str]:
 
 def snapshot(tree: Path) -> dict[str, tuple[int, int, float, bytes | None]]:
     return {
-        str(path): (path.lstat().st_mode, path.lstat().st_uid, path.lstat().st_mtime, path.read_bytes() if path.is_file() else None)
+        str(path): (
+            path.lstat().st_mode,
+            path.lstat().st_uid,
+            path.lstat().st_mtime,
+            path.read_bytes() if path.is_file() else None,
+        )
         for path in sorted(tree.rglob("*"))
     }
 
@@ -169,7 +176,9 @@ def test_a_file_where_a_folder_belongs_is_named(host: Host, tree: Path) -> None:
     assert caught.value.code == "not-a-folder"
 
 
-@pytest.mark.parametrize("name", ["var/lib/istio/envoy/cluster.env", "etc/certs/root-cert.pem", "run/secrets/tokens/istio-token"])
+@pytest.mark.parametrize(
+    "name", ["var/lib/istio/envoy/cluster.env", "etc/certs/root-cert.pem", "run/secrets/tokens/istio-token"]
+)
 def test_a_link_that_istio_proxy_laid_leads_nowhere(host: Host, tree: Path, name: str) -> None:
     put(host, a_verified_bundle())
     secret = tree / "etc/shadow"
@@ -198,12 +207,13 @@ def test_a_folder_that_istio_proxy_turned_into_a_link_leads_nowhere(host: Host, 
 
 
 def test_a_difference_is_shown_and_a_secret_is_not(host: Host) -> None:
-    put(host, a_verified_bundle())
+    first = a_verified_bundle()
+    assert "+(a secret of " in "\n".join(change.diff() for change in planned(host, first))
+    put(host, first)
     bundle = a_verified_bundle(a_bundle(environment={"ISTIO_INBOUND_PORTS": "8080"}))
     shown = "\n".join(change.diff() for change in planned(host, bundle))
     assert "-ISTIO_INBOUND_PORTS='*'\n+ISTIO_INBOUND_PORTS='8080'" in shown
     assert "--- a/var/lib/istio/envoy/cluster.env" in shown
-    assert "(a secret of " in shown
     assert bundle.token.reveal() not in shown
     assert bundle.token.reveal() not in repr(planned(host, bundle))
 

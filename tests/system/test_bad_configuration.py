@@ -31,11 +31,17 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain http": ("endpoint: {url: 'http://192.0.2.1/v1/bundle'}\n", ("endpoint.url", "https://", "token")),
     "an unknown scheme": ("endpoint: {url: 'ftp://192.0.2.1/'}\n", ("endpoint.url", "https://")),
     "a password in the address": ("endpoint: {url: 'https://me:hunter2@192.0.2.1/'}\n", ("endpoint.url", "credential")),
-    "an unknown key": ("endpoint: {url: 'file:///a', ca_pin: x}\n", ("endpoint.ca_pin", "did you mean endpoint.ca_pins?")),
+    "an unknown key": (
+        "endpoint: {url: 'file:///a', ca_pin: x}\n",
+        ("endpoint.ca_pin", "did you mean endpoint.ca_pins?"),
+    ),
     "an unknown section": ("endpoints: {url: 'file:///a'}\n", ("endpoints", "did you mean endpoint")),
     "a key of nothing known": ("endpoint: {url: 'file:///a'}\nzzz: 1\n", ("zzz", "unknown key")),
     "a pin that is none": ("endpoint: {url: 'file:///a', ca_pins: [abc]}\n", ("endpoint.ca_pins", "sha256:")),
-    "a timeout that is text": ("endpoint: {url: 'file:///a', timeout: soon}\n", ("endpoint.timeout", "seconds", "'soon'")),
+    "a timeout that is text": (
+        "endpoint: {url: 'file:///a', timeout: soon}\n",
+        ("endpoint.timeout", "seconds", "'soon'"),
+    ),
     "a relative path": ("endpoint: {url: 'file:///a', ca_file: ca.pem}\n", ("endpoint.ca_file", "absolute path")),
     "a name that is none": (
         "endpoint: {url: 'file:///a'}\nworkload_group: {namespace: VM_1, name: demo}\n",
@@ -68,7 +74,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "a list": ("- endpoint\n", ("keys and values",)),
     "a tag": ("endpoint: !!python/object/apply:os.system [id]\n", ("line 1",)),
     "an alias": ("a: &a {url: 'file:///a'}\nendpoint: *a\n", ("line 2",)),
-    "control sequences": ("endpoint: {url: \"file:///a\", \"\\e[31m\": 1}\n", ("unknown key",)),
+    "control sequences": ('endpoint: {url: "file:///a", "\\e[31m": 1}\n', ("unknown key",)),
     "a key that is a number": ("endpoint: {url: 'file:///a'}\n1: 2\n", ("1: unknown key",)),
 }
 
@@ -178,13 +184,13 @@ def test_a_client_certificate_and_a_key_that_do_not_fit_are_refused(trial: Trial
 @pytest.mark.parametrize(
     ("script", "code", "fragment"),
     [
-        ("exit 7", "command-failed", "7"),
-        ("echo no-identity >&2; exit 1", "command-failed", "no-identity"),
+        ("exit 7", "credential-exec-failed", "7"),
+        ("echo no-identity >&2; exit 1", "credential-exec-failed", "no-identity"),
         ("true", "credential-invalid", "get-token"),
         ("echo two words", "credential-invalid", "get-token"),
-        (f"echo {TOKEN}; exit 1", "command-failed", "get-token"),
-        ("printf 'no \\033[31m\\033]0;owned\\007' >&2; exit 1", "command-failed", "no"),
-        ("head -c 1000000000 /dev/zero | tr '\\0' a", "credential-invalid", "get-token"),
+        (f"echo {TOKEN}; exit 1", "credential-exec-failed", "get-token"),
+        ("printf 'no \\033[31m\\033]0;owned\\007' >&2; exit 1", "credential-exec-failed", "no"),
+        ("head -c 100000000 /dev/zero | tr '\\0' a", "credential-invalid", "get-token"),
     ],
 )
 def test_an_exec_credential_that_fails_is_told_and_its_token_is_not(
@@ -198,7 +204,9 @@ def test_an_exec_credential_that_fails_is_told_and_its_token_is_not(
     assert trial.changes() == []
 
 
-@pytest.mark.parametrize(("path", "code"), [("/root/input/nothing", "program-missing"), ("/etc/passwd", "permission-denied")])
+@pytest.mark.parametrize(
+    ("path", "code"), [("/root/input/nothing", "program-missing"), ("/etc/passwd", "permission-denied")]
+)
 def test_an_exec_credential_that_cannot_be_run_is_named(path: str, code: str, trial: Trial) -> None:
     refusal = _bootstrap(trial, {"exec": [path]})
     assert_refused(refusal, code, path, hinted=False)

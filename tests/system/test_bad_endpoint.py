@@ -179,7 +179,11 @@ STATUSES = {
 }
 # In which form the server says why → content type, body, and what is shown of it.
 REASONS: dict[str, tuple[str, bytes, str]] = {
-    "JSON": ("application/json", b'{"error": {"code": "used", "message": "token 4711 was used"}}', "token 4711 was used"),
+    "JSON": (
+        "application/json",
+        b'{"error": {"code": "used", "message": "token 4711 was used"}}',
+        "token 4711 was used",
+    ),
     "flat JSON": ("application/json", b'{"error": "token 4711 was used"}', "token 4711 was used"),
     "text": ("text/plain; charset=utf-8", b"token 4711 was used\n", "token 4711 was used"),
     "XML": (
@@ -250,7 +254,9 @@ def test_retry_after_in_seconds_is_honoured(status: int, stage: Stage) -> None:
 
 def test_retry_after_as_a_date_is_honoured(stage: Stage) -> None:
     moment = int(time.time()) + 5
-    refusal = stage.ask([http(503, headers={"Retry-After": email.utils.formatdate(moment, usegmt=True)}), stage.bundle()])
+    refusal = stage.ask(
+        [http(503, headers={"Retry-After": email.utils.formatdate(moment, usegmt=True)}), stage.bundle()]
+    )
     assert_refused(refusal, ACCEPTED)
     _, second = _request_times(stage)
     assert second >= moment

@@ -120,9 +120,7 @@ def test_a_credential_that_the_endpoint_does_not_know_is_told_and_changes_nothin
 
 
 @pytest.mark.parametrize("trust", ["ca_file", "pin of the CA", "pin of the leaf", "one pin of several", "CA and pin"])
-def test_the_endpoint_is_known_by_what_the_configuration_says(
-    trust: str, joined: Machine, endpoint: OpenToAll
-) -> None:
+def test_the_endpoint_is_known_by_what_the_configuration_says(trust: str, joined: Machine, endpoint: OpenToAll) -> None:
     of_ca, of_leaf = pin(endpoint.ca), pin(endpoint.leaf)
     assert of_ca == endpoint.pin
     settings: dict[str, Any] = {

@@ -77,7 +77,11 @@ def _assert_all_say_healthy(machine: Machine) -> None:
     assert document["sidecar"]["version"].startswith("1.28.2")
     assert document["sidecar"]["unit"]["active"] == "active"
     assert str(document["sidecar"]["unit"]["main_pid"]) == unit(machine)["MainPID"]
-    for moment in (document["updated_at"], document["bundle"]["token_expires_at"], document["certificate"]["not_after"]):
+    for moment in (
+        document["updated_at"],
+        document["bundle"]["token_expires_at"],
+        document["certificate"]["not_after"],
+    ):
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", moment)
 
     nagios = machine.run(["vmmesh-agent", "status", "--output", "nagios"]).stdout
@@ -175,9 +179,7 @@ def test_a_missing_dependency_comes_from_the_distribution(
         assert machine.run(["rpm", "-q", "iproute"], check=False).returncode == 1
         copy_to(machine, packages.rpm, f"{FOLDER}/sidecar.rpm")
         _write_bundle(machine, "/srv/bundle", cluster)
-        configure(
-            machine, {"endpoint": {"url": "file:///srv/bundle"}, "sidecar": {"package": f"{FOLDER}/sidecar.rpm"}}
-        )
+        configure(machine, {"endpoint": {"url": "file:///srv/bundle"}, "sidecar": {"package": f"{FOLDER}/sidecar.rpm"}})
         without = bootstrap(machine)
         assert without.returncode == 1
         assert "[missing-dependency]" in without.stderr

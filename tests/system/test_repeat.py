@@ -18,6 +18,7 @@ from standins.packages import Packages
 from system.joining import (
     CLUSTER_ENV,
     MESH_YAML,
+    NOISE,
     PLACED,
     TOKEN,
     Mesh,
@@ -31,7 +32,7 @@ from system.joining import (
 )
 
 # What lives on while the sidecar runs, and the record of each run of the agent.
-LIVELY = ["/var/log/*", "/run/vmmesh-agent/status.json", "/run/vmmesh-agent/lock", "/var/lib/istio/envoy/*.log"]
+LIVELY = [*NOISE, "/var/log/*", "/run/vmmesh-agent/status.json", "/run/vmmesh-agent/lock"]
 BLOCK = re.compile(rb"# BEGIN vmmesh-agent\n(.*)# END vmmesh-agent\n", re.DOTALL)
 
 
@@ -262,9 +263,7 @@ def _starts(machine: Machine) -> list[str]:
 
 
 def _nat_rules(machine: Machine) -> Mapping[str, str]:
-    return {
-        program: machine.run([program, "--table", "nat"]).stdout for program in ("iptables-save", "ip6tables-save")
-    }
+    return {program: machine.run([program, "--table", "nat"]).stdout for program in ("iptables-save", "ip6tables-save")}
 
 
 def _block(hosts: bytes) -> bytes:

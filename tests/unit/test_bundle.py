@@ -8,10 +8,20 @@ import tarfile
 from typing import Any
 
 import pytest
-from vmmesh_agent.bundle import FILES, MAX_BYTES, Bundle, BundleRefusedError, Package, Problem, Sidecar, Workload, unpack
 
 from factories import a_bundle, a_package
 from lab.cluster import as_json, as_secret, as_tar
+from vmmesh_agent.bundle import (
+    FILES,
+    MAX_BYTES,
+    Bundle,
+    BundleRefusedError,
+    Package,
+    Problem,
+    Sidecar,
+    Workload,
+    unpack,
+)
 
 CONTENTS = dict(a_bundle().files)
 
@@ -201,7 +211,10 @@ def test_a_damaged_archive_is_refused_or_read_but_never_a_crash() -> None:
 
 
 def test_a_refusal_of_one_problem_has_its_code_and_of_several_lists_them() -> None:
-    one, other = Problem("a-code", "hosts", "it is wrong", "mend it"), Problem("b-code", "", "it is wrong too", "mend it")
+    one, other = (
+        Problem("a-code", "hosts", "it is wrong", "mend it"),
+        Problem("b-code", "", "it is wrong too", "mend it"),
+    )
     assert (BundleRefusedError(one).code, BundleRefusedError(one).hint) == ("a-code", "mend it")
     both = BundleRefusedError(one, other)
     assert both.code == "bundle-refused"
@@ -210,7 +223,10 @@ def test_a_refusal_of_one_problem_has_its_code_and_of_several_lists_them() -> No
 
 
 def test_a_secret_holds_its_files_in_base64() -> None:
-    data = {"kind": "Secret", "data": {name: base64.b64encode(CONTENTS[name]).decode() for name in ("hosts", "mesh.yaml")}}
+    data = {
+        "kind": "Secret",
+        "data": {name: base64.b64encode(CONTENTS[name]).decode() for name in ("hosts", "mesh.yaml")},
+    }
     assert set(unpack(json.dumps(data).encode()).files) == {"hosts", "mesh.yaml"}
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
+
+from factories import CONFIG_FILE
 from vmmesh_agent.bundle import Workload
 from vmmesh_agent.config import SETTINGS, ClientCertificate, Config, Credential, parse
 from vmmesh_agent.errors import ConfigurationError
-
-from factories import CONFIG_FILE
 
 DROP_IN = PurePosixPath("/etc/vmmesh-agent/config.d/50-site.yaml")
 PIN = "sha256:" + "0f" * 32
@@ -170,7 +170,9 @@ workload_group: {{namespace: vm, name: demo}}
 """
     read = config(text)
     assert read.workload_group == Workload("vm", "demo")
-    assert read.endpoint.credential.client_certificate == ClientCertificate(PATH("/etc/pki/vm.pem"), PATH("/etc/pki/vm.key"))
+    assert read.endpoint.credential.client_certificate == ClientCertificate(
+        PATH("/etc/pki/vm.pem"), PATH("/etc/pki/vm.key")
+    )
     assert read.endpoint.ca_pins == (PIN,)
 
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from vmmesh_agent import errors
 from vmmesh_agent.bundle import BundleRefusedError, Problem
 from vmmesh_agent.errors import AgentError, ConfigurationError, NotPermittedError, UsageError

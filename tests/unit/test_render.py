@@ -4,11 +4,11 @@ import re
 from datetime import timedelta
 
 import pytest
+
+from factories import EVENING, a_condition, a_report, a_unit
 from vmmesh_agent.health import Health, Severity, State
 from vmmesh_agent.render import human, human_health, nagios, prometheus
 from vmmesh_agent.report import Known, Report
-
-from factories import EVENING, a_condition, a_report, a_unit
 
 LATER = EVENING + timedelta(seconds=4)
 ESCAPE = "\x1b"

@@ -6,15 +6,17 @@ from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
 import pytest
+
+from factories import EVENING, a_condition, a_report, a_unit
 from vmmesh_agent import report
 from vmmesh_agent.errors import FetchError
 from vmmesh_agent.health import Health, Severity, State
 from vmmesh_agent.host import Host
 from vmmesh_agent.report import Known, from_dict, keeping_since, with_trouble
 
-from factories import EVENING, a_condition, a_report, a_unit
-
-TROUBLE = FetchError("mesh.example.com refuses connections", code="endpoint-refuses-connections", hint="see it", retry=True)
+TROUBLE = FetchError(
+    "mesh.example.com refuses connections", code="endpoint-refuses-connections", hint="see it", retry=True
+)
 EARLIER = EVENING - timedelta(hours=1)
 
 
@@ -35,7 +37,9 @@ def test_a_record_survives_its_json(record: report.Report) -> None:
 def test_the_json_has_the_documented_keys() -> None:
     document = a_report(State.DEGRADED, a_condition(severity=Severity.DEGRADED, since=EARLIER)).as_dict()
     assert document["schema"] == "vmmesh.status/v1"
-    assert {"state", "cause", "conditions", "workload", "bundle", "certificate", "sidecar", "updated_at"} < set(document)
+    assert {"state", "cause", "conditions", "workload", "bundle", "certificate", "sidecar", "updated_at"} < set(
+        document
+    )
     assert (document["state"], document["cause"]) == ("degraded", "cert_expired")
     (condition,) = document["conditions"]
     assert {"code", "severity", "message", "remedy", "since"} <= set(condition)
@@ -137,7 +141,11 @@ def test_the_worst_leads() -> None:
 
 def test_a_condition_keeps_the_time_at_which_it_began() -> None:
     before = Health(State.FAILED, "cert_expired", (a_condition(since=EARLIER),))
-    now = Health(State.FAILED, "cert_expired", (a_condition(since=EVENING), a_condition("new"), a_condition("known", since=EARLIER)))
+    now = Health(
+        State.FAILED,
+        "cert_expired",
+        (a_condition(since=EVENING), a_condition("new"), a_condition("known", since=EARLIER)),
+    )
     since = [condition.since for condition in keeping_since(now, before, EVENING).conditions]
     assert since == [EARLIER, EVENING, EARLIER]
 

@@ -7,6 +7,7 @@ import traceback
 from dataclasses import dataclass
 
 import pytest
+
 from vmmesh_agent.secret import Secret
 
 TEXT = "hunter2"

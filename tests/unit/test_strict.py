@@ -1,7 +1,9 @@
 """Parsers that refuse rather than guess."""
 
 import pytest
-from vmmesh_agent.strict import MalformedError, load_json, load_yaml, shown
+
+from vmmesh_agent.strict import MalformedError, load_json, load_yaml
+from vmmesh_agent.text import shown
 
 DEEP = 100_000
 

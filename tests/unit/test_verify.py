@@ -8,10 +8,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from vmmesh_agent import clusterenv
-from vmmesh_agent.bundle import FILES, Bundle, BundleRefusedError, Sidecar, Workload
-from vmmesh_agent.hosts import HostsLine
-from vmmesh_agent.verify import VerifiedBundle, verify
 
 from factories import (
     CLUSTER,
@@ -26,6 +22,10 @@ from factories import (
     the_example_of_1_12,
 )
 from lab.cluster import Authority, environment_file
+from vmmesh_agent import clusterenv
+from vmmesh_agent.bundle import FILES, Bundle, BundleRefusedError, Sidecar, Workload
+from vmmesh_agent.hosts import HostsLine
+from vmmesh_agent.verify import VerifiedBundle, verify
 
 HOUR = timedelta(hours=1)
 
@@ -294,7 +294,10 @@ REFUSED: dict[str, tuple[Bundle, tuple[str, str]]] = {
     ),
     "the token is one word": (a_bundle(istio_token=b"secret"), ("istio-token", "token-not-jwt")),
     "the token has no signature": (a_bundle(istio_token=jwt(claims())[:-12]), ("istio-token", "token-not-jwt")),
-    "the token is followed by more": (a_bundle(istio_token=jwt(claims()) + b"\nmore"), ("istio-token", "token-not-jwt")),
+    "the token is followed by more": (
+        a_bundle(istio_token=jwt(claims()) + b"\nmore"),
+        ("istio-token", "token-not-jwt"),
+    ),
     "the token's claims are no JSON": (a_bundle(istio_token=jwt(b"hello")), ("istio-token", "token-not-jwt")),
     "the token's claims are a list": (a_bundle(istio_token=jwt(b"[]")), ("istio-token", "token-not-jwt")),
     "the token's claims are nested without end": (

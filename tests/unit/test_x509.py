@@ -8,10 +8,10 @@ from cryptography import x509 as full
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from vmmesh_agent.x509 import CertificateError, read_der, read_pem
 
 from factories import CLUSTER, MOMENT, STRANGER
 from lab.cluster import Authority
+from vmmesh_agent.x509 import CertificateError, read_der, read_pem
 
 LEAF, _ = CLUSTER.server_certificate(["mesh.example.com"])
 
