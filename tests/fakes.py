@@ -229,8 +229,8 @@ class FakeMachine(Host):
     def has_program(self, name: str) -> bool:
         return name in {"dpkg", "dpkg-deb", "apt-get"}
 
-    def answers(self, port: int, timeout: float) -> bool:
-        return port > 0 and timeout > 0 and self.active == "active"
+    def answers(self, port: int, path: str, timeout: float) -> bool:
+        return port > 0 and path.startswith("/") and timeout > 0 and self.active == "active"
 
     def run(
         self,

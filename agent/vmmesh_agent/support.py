@@ -379,7 +379,8 @@ def _secrets(host: Host, config_files: Mapping[PurePosixPath, bytes]) -> list[Se
             continue
         for key, value in settings:
             if key in {"endpoint.url", "sidecar.package"} and "?" in str(value):
-                texts.append(str(value).partition("?")[2])
+                query = str(value).partition("?")[2]
+                texts += [query, *(part.partition("=")[2] for part in query.split("&"))]
             elif key.startswith("endpoint.credential.") and key != "endpoint.credential.exec":
                 if str(value).startswith("/"):
                     files.append(PurePosixPath(str(value)))

@@ -9,7 +9,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from lab.cluster import Authority, Files as BundleFiles, private_pem
+from lab.cluster import Authority, private_pem
+from lab.cluster import Files as BundleFiles
 from lab.machine import Machine
 from lab.network import CLUSTER_IPV4, Network
 from lab.run import Run

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmmesh_agent.events import MESSAGE_ID
 
 from lab.image import REPOSITORY
 from lab.machine import Machine
 from lab.services import Endpoint, Istiod
 from system.joining import TOKEN, join, status
+from vmmesh_agent.events import MESSAGE_ID
 
 LOG = "/var/log/istio/istio.log"
 TARGET = "vmmesh-ready.target"
@@ -122,8 +122,8 @@ def test_an_archive_overwrites_nothing_and_follows_no_link(joined: Machine) -> N
     assert joined.run(["test", "-e", "/root/elsewhere"], check=False).returncode == 1
     as_user = joined.run(["vmmesh-agent", "collect-logs", "--tarfile", "/tmp/x"], user="nobody", check=False)
     assert as_user.returncode == 77
-    joined.run(["sh", "-ec", "cd /tmp && vmmesh-agent collect-logs"])
-    assert re.fullmatch(r"vmmesh-vm1-\d{8}T\d{6}Z\.tar\.gz\n", joined.run(["ls", "/tmp"]).stdout)
+    joined.run(["sh", "-ec", "mkdir /root/here; cd /root/here; vmmesh-agent collect-logs"])
+    assert re.fullmatch(r"vmmesh-vm1-\d{8}T\d{6}Z\.tar\.gz\n", joined.run(["ls", "/root/here"]).stdout)
 
 
 def test_commands_that_hang_or_are_missing_are_told_in_the_manifest(joined: Machine) -> None:

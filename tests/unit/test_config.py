@@ -82,6 +82,7 @@ RIGHT: dict[str, dict[Any, Any]] = {
     },
     "sidecar.sha256": {"ab" * 32: "ab" * 32, "AB" * 32: "ab" * 32, "sha256:" + "ab" * 32: "ab" * 32},
     "sidecar.allow_downgrade": {True: True, False: False},
+    "metrics.textfile": {"/var/lib/node/vmmesh.prom": PATH("/var/lib/node/vmmesh.prom")},
     "healthy_within": {5: 5.0, 3600: 3600.0},
 }
 PATHS_THAT_ARE_NONE = ("relative", "", "/a/../b", 7, None, ["/a"])
@@ -115,6 +116,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "sidecar.package": ("http://example.com/a.rpm", "istio.rpm", "", "https://", "https://[x", "https://h:1x/", 7),
     "sidecar.sha256": ("ab" * 31, "ab" * 32 + "\n", "xy" * 32, "", 7, "md5:" + "ab" * 32),
     "sidecar.allow_downgrade": ("yes please", 1, 0, None, "true"),
+    "metrics.textfile": PATHS_THAT_ARE_NONE,
     "healthy_within": (4, 3601, "60", None, True),
 }
 

@@ -6,14 +6,14 @@ from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
 import pytest
+
+from factories import EVENING, a_condition, a_report
 from vmmesh_agent.errors import HostError
 from vmmesh_agent.events import HOOKS, MESSAGE_ID, READY, READY_MARK, Events
 from vmmesh_agent.health import Severity, State
 from vmmesh_agent.host import Host
 from vmmesh_agent.report import Report
 from vmmesh_agent.units import Units
-
-from factories import EVENING, a_condition, a_report
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="hooks and their folder belong to root")
 

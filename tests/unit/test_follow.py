@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+
 from vmmesh_agent.follow import Line, Logs, Story, painted
 from vmmesh_agent.host import Host
 from vmmesh_agent.records import Stream
@@ -28,7 +29,7 @@ def request(seconds: float, status: int = 200) -> str:
     return f'[{time}] "GET /orders?x=1 HTTP/1.1" {status} - via_upstream - "-" 0 12 3 2 "-" "curl/8" "id" "orders:80"\n'
 
 
-BEGIN = agent(0, "info", "FLAG: --concurrency=\"2\"") + agent(0.1, "info", "Version 1.28.2-abc-Clean")
+BEGIN = agent(0, "info", 'FLAG: --concurrency="2"') + agent(0.1, "info", "Version 1.28.2-abc-Clean")
 REFUSED = "failed to warm certificate: rpc error: code = Unauthenticated desc = authentication failure"
 SIGNED = (
     agent(300, "info", "connected to delta upstream XDS server: istiod.istio-system.svc:15012\tid=7", "xdsproxy")
@@ -108,7 +109,9 @@ def test_the_access_log_in_json_is_counted_too(machine: Machine) -> None:
 
 def test_the_streams_are_merged_by_time(machine: Machine) -> None:
     machine.append(agent(10, "warn", "first") + agent(30, "warn", "third"))
-    machine.append(agent(20, "warning", "envoy main\tsecond") + agent(40, "error", "envoy main\tfourth"), "istio.err.log")
+    machine.append(
+        agent(20, "warning", "envoy main\tsecond") + agent(40, "error", "envoy main\tfourth"), "istio.err.log"
+    )
     lines = told(machine)
     order = [word for line in lines for word in ("first", "second", "third", "fourth") if line.endswith(word)]
     assert order == ["first", "second", "third", "fourth"]

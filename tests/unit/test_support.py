@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmmesh_agent.host import Host
-from vmmesh_agent.support import Collected, archive_name, collect, packed
 
 from factories import CLUSTER, EVENING
+from vmmesh_agent.host import Host
+from vmmesh_agent.support import Collected, archive_name, collect, packed
 
 CONFIG = """\
 # the join token is {join_token}
@@ -40,7 +40,9 @@ class Machine:
         self.host = Host(tree)
         self.token = CLUSTER.token()
         self.key = CLUSTER.server_certificate(["vm1"])[1]
-        self.secrets = {name: random_text() for name in ("join_token", "query", "password", "bearer", "unknown", "file")}
+        self.secrets = {
+            name: random_text() for name in ("join_token", "query", "password", "bearer", "unknown", "file")
+        }
         self.write("/var/run/secrets/tokens/istio-token", self.token)
         self.write("/etc/certs/key.pem", self.key)
         self.write("/etc/certs/root-cert.pem", CLUSTER.bundle()["root-cert.pem"])
