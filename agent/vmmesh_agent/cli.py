@@ -391,8 +391,9 @@ def _write_files(folder: Path, bundle: "VerifiedBundle") -> None:
         folder.mkdir(parents=True)
         for name, (content, mode) in contents.items():
             file = folder / name
-            file.touch(mode, exist_ok=False)
+            file.touch(0o600, exist_ok=False)
             file.write_bytes(content)
+            file.chmod(mode)
     except OSError as error:
         raise HostError(
             f"{folder}: {error.strerror}", code="folder-not-written", hint="name a folder that does not exist yet"
@@ -488,7 +489,7 @@ def _complain(error: AgentError) -> None:
 def _print_json(document: object) -> None:
     import json
 
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(json.dumps(document, indent=2, ensure_ascii=True))
 
 
 def _now() -> datetime:
@@ -520,7 +521,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vmmesh-agent {__version__}")
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="work on another tree")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="read this file instead of /etc/vmmesh-agent")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="read this file (in DIR) instead of /etc/vmmesh-agent"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Callable[[argparse.Namespace], int], help_text: str) -> argparse.ArgumentParser:
@@ -567,9 +570,12 @@ def _count(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds < 1e9:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected seconds, found {text!r}")
     return seconds
 
 

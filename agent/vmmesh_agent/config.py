@@ -15,7 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 from vmmesh_agent import strict
 from vmmesh_agent.bundle import Workload
 from vmmesh_agent.errors import ConfigurationError
-from vmmesh_agent.text import shown
+from vmmesh_agent.text import printable, shown
 
 FILE = PurePosixPath("/etc/vmmesh-agent/config.yaml")
 FOLDER = PurePosixPath("/etc/vmmesh-agent/config.d")
@@ -246,7 +246,7 @@ def _leaves(document: Any, prefix: str, path: PurePosixPath, mistakes: list[str]
     for name, value in document.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if "." in str(name):
-            mistakes.append(f"{path}: {key}: unknown key; write one level a line")
+            mistakes.append(f"{path}: {printable(key)}: unknown key; write one level a line")
         elif key in SETTINGS:
             try:
                 yield key, SETTINGS[key](value)
@@ -259,7 +259,7 @@ def _leaves(document: Any, prefix: str, path: PurePosixPath, mistakes: list[str]
         elif key in _SECTIONS:
             yield from _leaves(value, key, path, mistakes)
         else:
-            mistakes.append(f"{path}: {key}: unknown key{_nearest(key)}")
+            mistakes.append(f"{path}: {printable(key)}: unknown key{_nearest(key)}")
 
 
 def _nearest(key: str) -> str:

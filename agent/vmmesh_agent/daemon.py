@@ -132,6 +132,7 @@ class Daemon:
         notify.status(_one_line(current))
         is_news = before is None or replace(current, updated_at=before.updated_at) != before
         known_codes = {condition.code for condition in before.health.conditions} if before else set()
+        self.activity.log_events = self.watch.log_events
         self.activity.conditions.update({condition.code for condition in current.health.conditions} - known_codes)
         if is_news or before is None or (moment - before.updated_at).total_seconds() >= _SAVE_SECONDS:
             report.save(self.host, current)

@@ -13,6 +13,7 @@ files. How it judges:
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -129,6 +130,7 @@ class Diagnosis:
         self._dead: list[tuple[_Failure, ...]] = []  # the failures of runs that died in a row
         self._last: datetime | None = None
         self._count = 0
+        self.raised: Counter[str] = Counter()  # how many messages named each cause
 
     # --- reading ------------------------------------------------------------
 
@@ -245,7 +247,9 @@ class Diagnosis:
 
     def _take(self, records: Iterable[Record]) -> None:
         for record in records:
-            self._count += 1
+            rule = rule_for(record)
+            # A line without a head that no rule knows is not the sidecar's: it is no sign of anything.
+            self._count += bool(rule or record.moment or record.level)
             if self._is_of_an_older_run(record):
                 continue
             if record.moment:
@@ -253,7 +257,7 @@ class Diagnosis:
                 self._run.settle(record.moment)
             # Envoy's debug lines dump headers: a user's words.
             dump = record.scope.startswith("envoy") and record.level in {"debug", "trace"}
-            if not dump and (rule := rule_for(record)):
+            if rule and not dump:
                 self._apply(rule, record)
 
     def _is_of_an_older_run(self, record: Record) -> bool:
@@ -319,6 +323,7 @@ class Diagnosis:
         aspect = rule.aspect(record)
         if aspect is None or (run.stopping and aspect is not Aspect.MACHINE) or run.stopped:
             return
+        self.raised[rule.cause] += 1
         if aspect in {Aspect.CONNECTION, Aspect.ADMISSION}:
             run.connected = False
         if aspect is Aspect.ADMISSION:

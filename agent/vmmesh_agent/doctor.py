@@ -104,6 +104,7 @@ class Patient:
         self.now = now
         self.units = Units(host)
         self._rules: dict[str, tuple[str, ...]] = {}
+        self._addresses: dict[str, tuple[str, ...]] = {}
 
     @cached_property
     def is_joined(self) -> bool:
@@ -162,8 +163,9 @@ class Patient:
     @cached_property
     def endpoint_trouble(self) -> AgentError | None:
         """Why the endpoint cannot be spoken to, None where it can."""
-        assert self.config is not None  # noqa: S101  # the table asks for it
-        return _trouble(lambda: probe_endpoint(self.host, self.config, _SECONDS))  # type: ignore[arg-type]
+        config = self.config
+        assert config is not None  # noqa: S101  # a check of the network asks only where there is one
+        return _trouble(lambda: probe_endpoint(self.host, config, _SECONDS))
 
     @cached_property
     def istiod_trouble(self) -> AgentError | None:
@@ -175,7 +177,9 @@ class Patient:
 
     def addresses(self, name: str) -> tuple[str, ...]:
         """Return what a name leads to, none where the resolver finds nothing in time."""
-        return self.host.addresses(name, _SECONDS) or ()
+        if name not in self._addresses:
+            self._addresses[name] = self.host.addresses(name, _SECONDS) or ()
+        return self._addresses[name]
 
     def rules(self, program: str) -> tuple[str, ...]:
         """Return the rules of the nat table as `iptables -S` writes them. Raise `HostError` where it cannot say."""
@@ -404,10 +408,15 @@ def _clock(patient: Patient) -> Finding:
             f"{abs(offset):.0f} s {direction} the endpoint's clock, when it was last asked",
             "Set the clock and repair time synchronisation: timedatectl, chronyc tracking.",
         )
-    is_synchronised = patient.said("timedatectl", "show", "--property=NTPSynchronized", "--value").strip() == "yes"
-    measured = "" if offset is None else f"; {abs(offset):.0f} s from the endpoint's"
-    if is_synchronised or offset is not None:
-        return _ok(f"{'synchronised' if is_synchronised else 'not synchronised'}{measured}")
+    argv = ["timedatectl", "show", "--property=NTPSynchronized", "--value"]
+    is_synchronised = patient.host.run(argv, timeout=_SECONDS, check=False).stdout.strip()  # empty without systemd
+    measured = "" if offset is None else f"{abs(offset):.0f} s from the endpoint's"
+    if is_synchronised == "yes":
+        return _ok(f"synchronised{', ' * bool(measured)}{measured}")
+    if measured:
+        return _ok(measured)
+    if not is_synchronised:
+        return _unknown("timedatectl does not say, and it was not compared with the endpoint's yet")
     return _warning(
         "not synchronised, and not compared with the endpoint's yet: certificates and tokens have dates",
         "Enable time synchronisation: timedatectl set-ntp true, or chronyd.",
@@ -616,10 +625,22 @@ def _ssh(patient: Patient) -> Finding:
 
 # --- the endpoint and istiod ---
 
-# A connection is made in stages; what stops it says at which one. Every other code is of the last, the certificate.
+# A connection is made in stages, and the code of a failure says which one it came to. Any other code is of a failure
+# before there was anything to try: a file that cannot be read, a proxy variable that makes no sense.
 _NAME = frozenset({"endpoint-name-not-found"})
-_PORT = frozenset({"endpoint-refuses-connections", "endpoint-reset", "endpoint-unreachable", "endpoint-too-slow"})
-_PROXY = frozenset({"proxy-refused", "proxy-invalid"})
+_PORT = frozenset(
+    {
+        *("endpoint-refuses-connections", "endpoint-reset", "endpoint-unreachable", "endpoint-too-slow"),
+        *("endpoint-broke-off", "proxy-refused"),
+    }
+)
+_HANDSHAKE = frozenset(
+    {
+        *("endpoint-unknown-ca", "endpoint-wrong-name", "endpoint-pin-mismatch", "endpoint-not-tls"),
+        *("endpoint-certificate-expired", "endpoint-certificate-not-yet-valid", "endpoint-unauthorized"),
+        *("endpoint-handshake-failed", "endpoint-handshake-silent"),
+    }
+)
 
 
 def _endpoint_host(patient: Patient) -> str:
@@ -680,13 +701,15 @@ def _endpoint_port(patient: Patient) -> Finding:
 
 
 def _port_finding(patient: Patient, trouble: AgentError | None, fix: str) -> Finding:
-    if trouble is None or trouble.code not in _NAME | _PORT | _PROXY:
+    if trouble is None or trouble.code in _HANDSHAKE:
         return _ok("accepts connections")
     if trouble.code in _NAME:
         return _unknown("not tried: its name was not found")
+    if trouble.code not in _PORT:
+        return _unknown("not tried; the row of the certificate says why")
     if not patient.host.is_root and patient.is_joined:
         return _unknown(f"{trouble.message}; only root can go past the sidecar, which stands between")
-    return _failed(trouble.message, trouble.hint if trouble.code in _PROXY else fix)
+    return _failed(trouble.message, trouble.hint if trouble.code == "proxy-refused" else fix)
 
 
 @_of_network
@@ -695,7 +718,7 @@ def _endpoint_certificate(patient: Patient) -> Finding:
     if trouble is None:
         trust = "pinned" if patient.config and patient.config.endpoint.ca_pins else "trusted"
         return _ok(f"the TLS handshake succeeds, its certificate is {trust}")
-    if trouble.code in _NAME | _PORT | _PROXY:
+    if trouble.code in _NAME | _PORT or isinstance(trouble, NotPermittedError):
         return _unknown("not seen: no connection was made")
     return _failed(trouble.message, trouble.hint or "See endpoint.url, endpoint.ca_file and endpoint.ca_pins.")
 
@@ -727,6 +750,8 @@ def _istiod_port(patient: Patient) -> Finding:
 
 
 def _istiod_certificate(patient: Patient) -> Finding:
+    if patient.host.read(place.ROOT_CERT) is None:
+        return _failed(f"{place.ROOT_CERT} is missing: nothing to know istiod by", "Run `vmmesh-agent restore`.")
     trouble = patient.istiod_trouble
     if trouble is None:
         return _ok(f"the TLS handshake succeeds with {place.ROOT_CERT}")
@@ -747,6 +772,8 @@ def _istiod_certificate(patient: Patient) -> Finding:
 
 def _unit(patient: Patient) -> Finding:
     unit = patient.unit
+    if unit.active == "unknown":
+        return _unknown("systemd does not say")
     if not unit.is_running:
         return _failed(
             f"istio.service is {unit.active} ({unit.sub}), {unit.restarts} restarts",
@@ -882,9 +909,15 @@ def _dns_proxy(patient: Patient) -> Finding:
     answer = patient.host.exchange(15053, query, _SECONDS)
     if answer is not None and answer[:2] == query[:2]:
         return _ok("answers on 15053")
+    if 15053 not in {port for port, _ in _listeners(patient.host)}:
+        return _failed(
+            "nobody listens on 15053, where this machine's DNS questions are redirected to",
+            "systemctl restart istio; where it stays so, set ISTIO_META_DNS_CAPTURE to false in the bundle.",
+        )
     return _failed(
-        "nothing answers on 15053, where this machine's DNS questions are redirected to",
-        "systemctl restart istio; where it stays so, set ISTIO_META_DNS_CAPTURE to false in the bundle.",
+        f"no answer on 15053 within {_SECONDS:.0f} s: the sidecar hangs, or the servers that it asks do not answer",
+        "See the row dns-servers, and ask each of them as istio-proxy, which is not captured. Where they answer:"
+        " systemctl restart istio",
     )
 
 
@@ -976,7 +1009,7 @@ def _made(check: Check, patient: Patient) -> Finding:
         return _unknown(f"it takes root: {error.message}")
     except AgentError as error:
         return _unknown(error.message)
-    except (strict.MalformedError, UnicodeDecodeError, ValueError) as error:  # a file that somebody else mangled
+    except ValueError as error:  # of a file that somebody mangled: no YAML, no text, no number
         return _unknown(f"what was read makes no sense: {error}")
 
 

@@ -81,7 +81,7 @@ def fetch(
     offset = answer.get("clock_offset")
     if not isinstance(offset, float):
         offset = None
-    if answer["event"] == "not-modified":
+    if answer["event"] == "not-modified" and etag:
         return Fetched(None, etag, offset)
     if answer["event"] != "bundle" or not isinstance(answer.get("bundle"), dict):
         raise _broken("an answer that is none")
@@ -172,7 +172,6 @@ class Download:
         _last_event(self._child, patience, on_retry, idle=lambda: on_progress(self._file.size))
         digest = self._copy()
         if digest != self._expected:
-            self._host.remove(self._into)
             raise FetchError(
                 f"the package has the digest {digest}, expected {self._expected}",
                 code="package-wrong-digest",
@@ -180,11 +179,12 @@ class Download:
             )
         return self._into
 
-    def stop(self) -> None:
-        """End the child and close the file, whatever came of it."""
+    def discard(self) -> None:
+        """End the child and remove what it brought, whatever became of it: the package is installed, or of no use."""
         self._context.__exit__(None, None, None)
         self._file.close()
         self._host.remove(self._arriving)
+        self._host.remove(self._into)
 
     def _copy(self) -> str:
         """Copy what arrived and return its SHA-256."""
@@ -266,7 +266,7 @@ def _bearer(host: Host, credential: Credential, patience: float | None) -> str:
 def _executed(host: Host, argv: Sequence[str], patience: float | None) -> str:
     """Return what the credential program printed. What it printed before it failed may be a secret: never shown."""
     timeout = _EXEC_SECONDS if patience is None else min(_EXEC_SECONDS, patience)
-    done = host.run(argv, timeout=timeout, check=False, output_limit=_MAX_CREDENTIAL)
+    done = host.run(argv, timeout=timeout, check=False)
     if done.status != 0:
         complaint = shown(done.stderr.strip().rpartition("\n")[2])
         raise FetchError(
@@ -275,6 +275,8 @@ def _executed(host: Host, argv: Sequence[str], patience: float | None) -> str:
             hint="run it by hand, as root",
             retry=True,
         )
+    if len(done.stdout) > _MAX_CREDENTIAL:
+        raise FetchError(f"{argv[0]} printed more than a credential", code="credential-invalid", retry=True)
     return done.stdout.strip()
 
 
@@ -286,7 +288,9 @@ def _configured(host: Host, path: PurePosixPath, key: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise ConfigurationError(f"{key}: {path} is not text", code="configuration-invalid") from None
+        raise ConfigurationError(
+            f"{key}: {path} is not text", code="configuration-invalid", hint="see that it is the file that was meant"
+        ) from None
 
 
 # --- the child ---
@@ -351,7 +355,7 @@ def _event(line: bytes) -> dict[str, Any]:
 
 def _lines(child: Child, deadline: float | None, idle: Callable[[], None]) -> Iterator[bytes]:
     assert child.stdout is not None  # noqa: S101  # started with pipes
-    pending = b""
+    pending: list[bytes] = []
     while deadline is None or time.monotonic() < deadline:
         readable, _, _ = select.select([child.stdout], [], [], 0.2)
         idle()
@@ -360,10 +364,13 @@ def _lines(child: Child, deadline: float | None, idle: Callable[[], None]) -> It
         chunk = child.stdout.read1(64 * 1024)  # type: ignore[attr-defined]  # the pipe is a BufferedReader
         if not chunk:
             return
-        *lines, pending = (pending + chunk).split(b"\n")
-        if len(pending) > _MAX_ANSWER:
+        pending.append(chunk)
+        if b"\n" in chunk:
+            *lines, rest = b"".join(pending).split(b"\n")
+            pending = [rest]
+            yield from lines
+        elif sum(map(len, pending)) > _MAX_ANSWER:
             raise _broken("an answer without end")
-        yield from lines
 
 
 def _last_words(child: Child) -> str:

@@ -577,6 +577,7 @@ _MEANINGS = {
     errno.ENOSPC: ("disk-full", "no space is left on the disk", "make room, then try again"),
     errno.EDQUOT: ("disk-full", "the disk quota is used up", "make room, then try again"),
     errno.EROFS: ("disk-read-only", "the disk is mounted read-only", "see why (dmesg), mount it for writing"),
+    errno.EISDIR: ("not-a-file", "it is a folder", "look at what put it there"),
     errno.ELOOP: ("foreign-link", "it is a link", "see who made it and remove it"),
     errno.EMFILE: ("too-many-open-files", "too many files are open", "raise the limit (LimitNOFILE)"),
     errno.ENFILE: ("too-many-open-files", "too many files are open on this machine", ""),

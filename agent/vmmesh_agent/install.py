@@ -107,7 +107,7 @@ def judge(host: Host, source: Source, path: PurePosixPath, settings: SidecarSett
 
 
 def apply(host: Host, source: Source, path: PurePosixPath, package: PackageFile) -> None:
-    """Install the package that was judged, unless it is the installed one; clean up what was downloaded."""
+    """Install the package that was judged, unless it is the installed one."""
     installed = source.manager.installed(NAME)
     if not (installed and _is_same(installed, package.version)):
         source.manager.install(path)
@@ -115,8 +115,6 @@ def apply(host: Host, source: Source, path: PurePosixPath, package: PackageFile)
         record = json.dumps({"sha256": source.sha256, "version": package.version}).encode()
         host.make_folder(RECORD.parent, ROOT, 0o700)
         host.write(RECORD, record, ROOT, 0o600)
-    if path.parent == CACHE:
-        host.remove(path)
 
 
 def _configured(host: Host, settings: SidecarSettings, managers: Sequence[PackageManager]) -> Source:
@@ -129,6 +127,10 @@ def _configured(host: Host, settings: SidecarSettings, managers: Sequence[Packag
         raise InstallError(f"sidecar.package: {path} is not there", code="package-missing")
     if found.is_directory:
         return _newest(path, host.names_in(path), managers)
+    if not found.is_file:
+        raise InstallError(
+            f"sidecar.package: {path} is not a plain file", code="not-a-file", hint="name the file itself"
+        )
     manager = _manager_of(path, managers)
     return Source(manager, path=path, sha256=settings.sha256, version=manager.inspect(path).version)
 
@@ -206,6 +208,6 @@ def _recorded(host: Host, sha256: str) -> str:
         return ""
     try:
         record = json.loads(content)
-    except ValueError:
-        return ""  # written half by a dying disk: worth a download, not a failure
-    return str(record.get("version", "")) if record.get("sha256") == sha256 else ""
+        return str(record["version"]) if record["sha256"] == sha256 else ""
+    except (ValueError, KeyError, TypeError):
+        return ""  # damaged: worth a download, not a failure

@@ -137,7 +137,7 @@ def _bundle(request: Mapping[str, Any]) -> dict[str, Any]:
         "Accept": f"{bundle.MEDIA_TYPE}, application/json, application/gzip;q=0.9, application/x-tar;q=0.9",
         **request["headers"],
     }
-    with _within(request["timeout"]), _response(request, headers, follow_redirects=False) as response:
+    with _within(request["timeout"], request["url"]), _response(request, headers, follow_redirects=False) as response:
         seen = {
             "etag": response.headers.get("ETag", ""),
             "clock_offset": _seconds_until(response.headers.get("Date", "")),
@@ -156,7 +156,7 @@ def _package(request: Mapping[str, Any]) -> dict[str, Any]:
     """Write the package to the descriptor that the parent opened; the parent computes the digest itself."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
     with (
-        _within(_MAX_PACKAGE_SECONDS),
+        _within(_MAX_PACKAGE_SECONDS, request["url"]),
         open(request["descriptor"], "wb", closefd=False) as file,  # a descriptor, not a path
         _response(request, request["headers"], follow_redirects=True) as response,
     ):
@@ -185,11 +185,13 @@ def _store(file: BinaryIO, chunk: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _within(seconds: float) -> Iterator[None]:
+def _within(seconds: float, address: str) -> Iterator[None]:
     """Bound one attempt as a whole: a byte now and then keeps every single read within its time."""
 
+    host = httpx.URL(address).netloc.decode()
+
     def too_late(_signal: int, _frame: object) -> NoReturn:
-        raise _PassingError(f"the endpoint did not finish within {seconds:g} s", code="endpoint-too-slow")
+        raise _PassingError(f"{host} did not finish within {seconds:g} s", code="endpoint-too-slow")
 
     signal.signal(signal.SIGALRM, too_late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -242,7 +244,7 @@ def _client(request: Mapping[str, Any], context: ssl.SSLContext) -> httpx.Client
     try:
         return httpx.Client(
             verify=context,
-            timeout=min(request["timeout"], 30),
+            timeout=_timeouts(request["timeout"]),
             follow_redirects=False,
             trust_env=not request.get("direct", False),
         )
@@ -250,6 +252,11 @@ def _client(request: Mapping[str, Any], context: ssl.SSLContext) -> httpx.Client
         raise FetchError(
             f"the proxy variables make no sense: {printable(str(error))}", code="proxy-invalid", hint="see https_proxy"
         ) from None
+
+
+def _timeouts(seconds: float) -> httpx.Timeout:
+    """Give the connection less than the attempt, so that an address where nobody answers is told as such."""
+    return httpx.Timeout(min(seconds, 30.0), connect=min(seconds / 2, 10.0))
 
 
 def _redirected(client: httpx.Client, response: httpx.Response) -> httpx.Response:

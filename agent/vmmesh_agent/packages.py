@@ -6,13 +6,15 @@ machine that reaches no repository joins too; where one is missing, dnf, yum or 
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Protocol
 
 from vmmesh_agent.errors import HostError, InstallError
 from vmmesh_agent.host import Completed, Host
+
+OnWait = Callable[[str], None]
 
 LOCK_SECONDS = 600  # how long another user of the package manager is waited for
 _INSTALL_SECONDS = 1800
@@ -61,8 +63,9 @@ class Rpm:
 
     format = "rpm"
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, on_wait: OnWait) -> None:
         self._host = host
+        self._on_wait = on_wait
         self._root = [] if host.is_running else ["--root", str(host.root)]
 
     def is_there(self) -> bool:
@@ -82,8 +85,8 @@ class Rpm:
         form = "%{NAME}\n%{VERSION}-%{RELEASE}\n%{ARCH}\n%{LONGSIZE}\n"
         file = str(self._host.outside(path))
         found = self._host.run(["rpm", "-q", "--nosignature", "--queryformat", form, "-p", file], check=False)
-        if found.status != 0:
-            raise _not_a_package(path, "rpm", found)
+        _succeed_in_reading(path, "rpm", found)
+        _succeed_in_reading(path, "rpm", self._host.run(["rpm", "--checksig", "--nosignature", file], check=False))
         name, version, arch, size = found.stdout.split()[-4:]
         return PackageFile(name, version, arch, int(size))
 
@@ -94,12 +97,12 @@ class Rpm:
     def install(self, path: PurePosixPath) -> None:
         file = str(self._host.outside(path))
         upgrade = ["rpm", *self._root, "-U", "--oldpackage"]
-        trial = self._host.run([*upgrade, "--test", file], timeout=LOCK_SECONDS, check=False)
+        trial = _patiently(self._host, [*upgrade, "--test", file], self._on_wait)
         if trial.status == 0:
-            _succeed(self._host.run([*upgrade, file], timeout=_INSTALL_SECONDS, check=False))
+            _succeed(_patiently(self._host, [*upgrade, file], self._on_wait))
         elif "Failed dependencies" in trial.stderr and (resolver := self._resolver()):
             root = [] if self._host.is_running else [f"--installroot={self._host.root}"]
-            _succeed(self._host.run([resolver, *root, "install", "-y", file], timeout=_INSTALL_SECONDS, check=False))
+            _succeed(_patiently(self._host, [resolver, *root, "install", "-y", file], self._on_wait))
         else:
             _succeed(trial)
 
@@ -115,8 +118,9 @@ class Deb:
 
     format = "deb"
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, on_wait: OnWait) -> None:
         self._host = host
+        self._on_wait = on_wait
         self._root = [] if host.is_running else [f"--root={host.root}"]
 
     def is_there(self) -> bool:
@@ -136,9 +140,11 @@ class Deb:
 
     def inspect(self, path: PurePosixPath) -> PackageFile:
         form = "--showformat=${Package}\n${Version}\n${Architecture}\n${Installed-Size}\n"
-        found = self._host.run(["dpkg-deb", "--show", form, str(self._host.outside(path))], check=False)
-        if found.status != 0:
-            raise _not_a_package(path, "deb", found)
+        file = str(self._host.outside(path))
+        found = self._host.run(["dpkg-deb", "--show", form, file], check=False)
+        _succeed_in_reading(path, "deb", found)
+        # Listing unpacks it all in passing: dpkg would find the damage when half of it is in place.
+        _succeed_in_reading(path, "deb", self._host.run(["dpkg-deb", "--contents", file], timeout=300, check=False))
         name, version, arch, *size = found.stdout.split()
         return PackageFile(name, version, arch, int(size[0]) * 1024 if size else 0)
 
@@ -156,15 +162,13 @@ class Deb:
         """apt-get needs no repository where nothing is missing; where something is, its lists may be old."""
         install = [
             "apt-get", "install", "--yes", "--no-install-recommends", "--allow-downgrades", "--quiet",
-            "-o", f"DPkg::Lock::Timeout={LOCK_SECONDS}",
             "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
             file,
         ]  # fmt: skip
-        quiet = {"DEBIAN_FRONTEND": "noninteractive"}
-        done = self._host.run(install, timeout=_INSTALL_SECONDS, check=False, environment=quiet)
+        done = _patiently(self._host, install, self._on_wait)
         if done.status != 0 and _MISSING.search(done.stdout + done.stderr):
             self._host.run(["apt-get", "update", "--quiet"], timeout=_INSTALL_SECONDS, check=False)
-            done = self._host.run(install, timeout=_INSTALL_SECONDS, check=False, environment=quiet)
+            done = _patiently(self._host, install, self._on_wait)
         _succeed(done)
 
     def _dpkg(self, file: str) -> None:
@@ -179,12 +183,7 @@ class Deb:
         if missing:
             raise _missing_dependency(", ".join(missing))
         install = ["dpkg", *self._root, "--force-confdef", "--force-confold", "--install", file]
-        deadline = time.monotonic() + LOCK_SECONDS
-        done = self._host.run(install, timeout=_INSTALL_SECONDS, check=False)
-        while done.status != 0 and "lock" in done.stderr and time.monotonic() < deadline:
-            time.sleep(2)
-            done = self._host.run(install, timeout=_INSTALL_SECONDS, check=False)
-        _succeed(done)
+        _succeed(_patiently(self._host, install, self._on_wait))
 
     def _has(self, dependency: str) -> bool:
         """Is a dependency such as `iptables` or `libc6 (>= 2.31)` there?"""
@@ -197,9 +196,10 @@ class Deb:
         ).status == 0  # fmt: skip
 
 
-def managers(host: Host) -> list[PackageManager]:
-    """Return the package managers that this machine has, its own first."""
-    there: Sequence[PackageManager] = [manager for manager in (Deb(host), Rpm(host)) if manager.is_there()]
+def managers(host: Host, on_wait: OnWait = lambda _: None) -> list[PackageManager]:
+    """Return the package managers that this machine has, its own first. `on_wait` is told when a lock is waited for."""
+    known = (Deb(host, on_wait), Rpm(host, on_wait))
+    there: Sequence[PackageManager] = [manager for manager in known if manager.is_there()]
     return sorted(there, key=lambda manager: not manager.is_native())
 
 
@@ -209,8 +209,23 @@ def fits(arch: str, manager: PackageManager) -> bool:
 
 
 _MISSING = re.compile(r"unmet dependencies|Failed dependencies|nothing provides|not installable|is not going to be")
+_NAMES_MISSING = re.compile(r"Depends: |is needed by|nothing provides")
 _NO_SPACE = re.compile(r"No space left on device|needs? \d+\w+ (more space )?on the|don't have enough free space")
 _LOCKED = re.compile(r"Could not get lock|is locked by another process|transaction lock")
+
+
+def _patiently(host: Host, argv: Sequence[str], on_wait: OnWait) -> Completed:
+    """Run an installation, again while somebody else holds the package manager's lock."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    is_told = False
+    while True:
+        done = host.run(argv, timeout=_INSTALL_SECONDS, check=False, environment={"DEBIAN_FRONTEND": "noninteractive"})
+        if done.status == 0 or not _LOCKED.search(done.stdout + done.stderr) or time.monotonic() >= deadline:
+            return done
+        if not is_told:
+            on_wait("another program holds the package manager's lock; waiting for it")
+            is_told = True
+        time.sleep(1)
 
 
 def _succeed(done: Completed) -> None:
@@ -223,7 +238,8 @@ def _succeed(done: Completed) -> None:
             f"no space is left for the sidecar package: {done.last_words}", code="disk-full", hint="make room"
         )
     if _MISSING.search(said):
-        raise _missing_dependency(done.last_words)
+        named = [line.strip() for line in said.splitlines() if _NAMES_MISSING.search(line)]
+        raise _missing_dependency("; ".join(named) or done.last_words)
     if _LOCKED.search(said):
         raise InstallError(
             f"another program holds the package manager's lock: {done.last_words}",
@@ -248,8 +264,16 @@ def _missing_dependency(what: str) -> InstallError:
     )
 
 
-def _not_a_package(path: PurePosixPath, format_: str, found: Completed) -> InstallError:
-    return InstallError(f"{path} is not a sound {format_} package: {found.last_words}", code="package-invalid")
+def _succeed_in_reading(path: PurePosixPath, format_: str, found: Completed) -> None:
+    """Raise what it means that a package file cannot be read to its end."""
+    if found.status != 0:
+        # Debian's rpm begins with a word of advice on each call.
+        said = [line for line in found.last_words.splitlines() if not line.startswith("rpm: ")]
+        raise InstallError(
+            f"{path} is not a sound {format_} package: {' '.join(said)}",
+            code="package-invalid",
+            hint="it was damaged where it is kept or on its way; nothing was installed",
+        )
 
 
 def _plain(version: str) -> str:

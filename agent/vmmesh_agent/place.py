@@ -5,7 +5,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import PurePosixPath
 
@@ -64,8 +64,8 @@ class Change:
 
     path: PurePosixPath
     what: str
-    before: bytes | None
-    content: bytes | None
+    before: bytes | None = field(repr=False)  # perhaps a secret
+    content: bytes | None = field(repr=False)
     owner: str | None
     mode: int
     restarts: bool
@@ -76,16 +76,14 @@ class Change:
         if self.content is None or self.before == self.content:
             return ""
         name = str(self.path).lstrip("/")
-        return "\n".join(
-            difflib.unified_diff(
-                self._lines(self.before or b""), self._lines(self.content), f"a/{name}", f"b/{name}", lineterm=""
-            )
-        )
-
-    def _lines(self, content: bytes) -> list[str]:
         if self.is_secret:
-            return [f"(a secret of {len(content)} bytes)"] if content else []
-        return content.decode(errors="replace").splitlines()
+            before, after = (
+                ["(the secret that is there)"] if self.before else [],
+                [f"(a secret of {len(self.content)} bytes)"],
+            )
+        else:
+            before, after = (text.decode(errors="replace").splitlines() for text in (self.before or b"", self.content))
+        return "\n".join(difflib.unified_diff(before, after, f"a/{name}", f"b/{name}", lineterm=""))
 
 
 def plan(host: Host, bundle: VerifiedBundle, previous_root: bytes, moment: datetime) -> tuple[Change, ...]:

@@ -211,13 +211,13 @@ class _Package:
 
     def __exit__(self, *_: object) -> None:
         if self._download:
-            self._download.stop()
+            self._download.discard()
 
     def choose(self, named: Sidecar | None) -> None:
         """Choose the package, where that is not done, and begin to download it, where it has to be."""
         if self.plan is None:
             host, config = self._world.host, self._world.config
-            self.plan = install.plan(host, config, named, managers(host))
+            self.plan = install.plan(host, config, named, managers(host, self._world.progress.note))
             source = self.plan.source
             if source and source.url:
                 into = install.destination(host, source)

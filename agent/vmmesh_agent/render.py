@@ -137,12 +137,13 @@ class Activity:
     """What a daemon has done and seen since it began: its counters start at 0 with it.
 
     When each step last succeeded by its name (aware times), how many attempts of fetching failed by the error's
-    code, and how many conditions have begun by their code.
+    code, how many conditions have begun by their code, and how many messages of the sidecar's logs named a cause.
     """
 
     succeeded: dict[str, datetime] = field(default_factory=dict)
     fetch_failures: Counter[str] = field(default_factory=Counter)
     conditions: Counter[str] = field(default_factory=Counter)
+    log_events: Counter[str] = field(default_factory=Counter)
 
 
 def prometheus(report: Report, activity: Activity | None = None) -> str:
@@ -216,6 +217,11 @@ def prometheus(report: Report, activity: Activity | None = None) -> str:
         "vmmesh_agent_conditions_total",
         "Conditions that have begun since the daemon began, by their code.",
         activity.conditions,
+    )
+    counter(
+        "vmmesh_agent_log_events_total",
+        "Messages of the sidecar's logs that name a cause, by its code, since the daemon began.",
+        activity.log_events,
     )
     metric(
         "vmmesh_agent_updated_timestamp_seconds",

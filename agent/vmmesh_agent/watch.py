@@ -1,5 +1,6 @@
 """New lines of the sidecar's logs, and what systemd says of its unit → health."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
@@ -58,6 +59,8 @@ class Watch:
         self._invocation: str | None = None
         self._running_since = datetime.min.replace(tzinfo=UTC)
         self._seen: dict[str, datetime] = {}
+        self._has_looked = False
+        self.log_events: Counter[str] = Counter()  # messages by the cause that they name, since the first look
 
     def begin_anew(self) -> None:
         """Forget what was read and leave out what is there: only the run that starts now counts."""
@@ -73,6 +76,7 @@ class Watch:
 
     def observe(self, now: datetime, known: Known) -> Observation:
         """Read on, look at the machine, and judge; `known` is what joining told."""
+        raised = self._diagnosis.raised.copy()
         for stream, file in self._files.items():
             while chunk := file.read():
                 self._diagnosis.feed(chunk, stream)
@@ -81,6 +85,9 @@ class Watch:
             # What goes wrong before the logs are opened (iptables, sudo) is told to the journal alone.
             self._read_journal()
         self._restarts = unit.restarts
+        if self._has_looked:
+            self.log_events += self._diagnosis.raised - raised
+        self._has_looked = True
         self._note_start(unit, now)
         seen = signals.gather(self._host, known.istiod)
         return Observation(

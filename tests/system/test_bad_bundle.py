@@ -62,8 +62,12 @@ def mesh(text: str) -> Maker:
 
 def hosts(text: str, mesh_yaml: str = "") -> Maker:
     """A bundle with this hosts file, and perhaps another mesh.yaml."""
-    more: dict[str, bytes | None] = {"mesh_yaml": mesh_yaml.encode()} if mesh_yaml else {}
-    return lambda cluster: cluster.bundle(hosts=text.encode(), **more)
+
+    def make(cluster: Cluster) -> Files:
+        files = cluster.bundle(hosts=text.encode())
+        return files | ({"mesh.yaml": mesh_yaml.encode()} if mesh_yaml else {})
+
+    return make
 
 
 def hosts_beside(text: str) -> Maker:

@@ -122,12 +122,12 @@ DAMAGED: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGED)
-@pytest.mark.parametrize("family", ["rpm", "deb"])
+@pytest.mark.parametrize(("family", "how"), [(family, how) for family in ("rpm", "deb") for how in DAMAGED])
 def test_a_damaged_package_is_not_installed(
-    family: str, how: str, trial: Trial, deb_trial: Trial, cluster: Cluster, small: Packages
+    family: str, how: str, cluster: Cluster, small: Packages, request: pytest.FixtureRequest
 ) -> None:
-    tried, file = (trial, small.rpm) if family == "rpm" else (deb_trial, small.deb)
+    tried: Trial = request.getfixturevalue("trial" if family == "rpm" else "deb_trial")
+    file = small.rpm if family == "rpm" else small.deb
     path = tried.give(f"damaged.{family}", DAMAGED[how](file.read_bytes()))
     refusal = bootstrap(tried, cluster, path)
     # What only unpacking brings to light is the package manager's own refusal.
@@ -255,6 +255,7 @@ def test_too_little_room_for_the_programs_is_told_before_they_are_unpacked(
     family: str, trial: Trial, deb_trial: Trial, cluster: Cluster, small: Packages
 ) -> None:
     tried, file = (trial, small.rpm) if family == "rpm" else (deb_trial, small.deb)
+    tried.changes()
     with mounted(tried.machine, "/usr/local/bin", "size=8m"):
         refusal = bootstrap(tried, cluster, give(tried, file))
     assert_refused(refusal, "disk-full", "8 MiB", "make room")

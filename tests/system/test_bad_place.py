@@ -1,7 +1,8 @@
 """What the user istio-proxy could do to a root program: it owns the folders that the agent writes into.
 
-Everything is planted as that user, on one machine with real systemd on which the sidecar package is installed. The agent
-must neither follow what was planted nor end in a traceback, and nothing outside that user's own folders may change.
+Everything is planted as that user, on one machine with real systemd on which the sidecar package is installed. The
+agent must neither follow what was planted nor end in a traceback, and nothing outside that user's own folders may
+change. Disks that take no file are here as well.
 """
 
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from lab import image
-from lab.cluster import Cluster
+from lab.cluster import Cluster, as_json
+from lab.faulty import Faulty, http
 from lab.machine import Machine, difference
-from lab.network import Network
+from lab.network import CLUSTER_IPV4, Network
 from lab.run import Run
 from standins.packages import build
 from system.refusal import Trial, assert_fit_for_a_terminal, assert_refused
+from system.web import pin
 
 USER = "istio-proxy"
 OWN = ("/var/lib/istio/*", "/var/log/istio/*", "/etc/certs/*", "/run/secrets/*")
@@ -132,8 +135,8 @@ def test_a_refused_bootstrap_is_told_all_the_same_then(place: str, oddity: str, 
 
 
 HOSTILE_LINES = (
-    "2026-01-01T00:00:00.000000Z\terror\tcitadelclient\tFailed to create certificate: \x1b]0;owned\x07\x1b[31m\u202edlo",
-    "2026-01-01T00:00:00.000000Z\twarn\tca\tca request failed: dial tcp: lookup \x1b[2J.example on 1.1.1.1:53: no such host",
+    "2026-01-01T00:00:00.000000Z\terror\tcitadelclient\tFailed to create certificate: \x1b]0;owned\x07\u202edlo",
+    "2026-01-01T00:00:00.000000Z\twarn\tca\tca request failed: dial tcp: lookup \x1b[2J on 1.1.1.1:53: no such host",
     "2026-01-01T00:00:00.000000Z\terror\tfailed to start proxy: \x1b[8mhidden\r\x1b[1A",
     "Error: \x1b[31munknown flag: \x9b31m--x",
 )
@@ -152,6 +155,45 @@ def test_control_sequences_in_a_log_never_reach_the_terminal(command: str, outpu
         assert said.stdout
         assert_fit_for_a_terminal(said.output)
     assert trial.changes() == []
+
+
+@pytest.mark.parametrize("folder", ["/var/lib/istio/envoy", "/etc/certs", "/var/lib/istio/config"])
+@pytest.mark.parametrize(("options", "code"), [("size=4k", "disk-full"), ("ro", "disk-read-only")])
+def test_a_disk_that_takes_no_file_is_told_and_no_half_of_one_is_left(
+    folder: str, options: str, code: str, cluster: Cluster, trial: Trial
+) -> None:
+    machine = trial.machine
+    before = machine.snapshot()
+    user = machine.run(["id", "--user", USER]).stdout.strip()
+    machine.run(["mount", "-t", "tmpfs", "-o", f"{options},uid={user},mode=755", "tmpfs", folder])
+    if code == "disk-full":
+        machine.run(["sh", "-c", f"head --bytes=4096 /dev/zero > {folder}/filler"])
+    try:
+        refusal = trial.bootstrap(trial.give_bundle(cluster.bundle()), timeout=5)
+        left = machine.run(["ls", "-A", folder]).stdout.split()
+    finally:
+        machine.run(["umount", folder])
+    assert_refused(refusal, code, folder.rpartition("/")[2])
+    assert left in ([], ["filler"])
+    # What lies on other disks may be placed already, whole; what lies below this one is as it was.
+    assert not [line for line in difference(before, machine.snapshot()) if line.startswith(f"{folder}/")]
+    trial.changes()
+
+
+def test_an_odd_etag_does_not_poison_the_fetches_after_it(
+    cluster: Cluster, trial: Trial, network: Network, run: Run
+) -> None:
+    leaf, key = cluster.server_certificate([CLUSTER_IPV4])
+    with Faulty(network=network, run=run) as faulty:
+        for etag in ('"\xe9\xff"', '"' + "x" * 60_000 + '"', "a\tb"):
+            odd = http(body=as_json(cluster.bundle()), headers={"ETag": etag})
+            faulty.show([odd], (leaf + cluster.root_pem, key))
+            for _ in range(2):
+                said = trial.bootstrap(faulty.url, endpoint={"ca_pins": [pin(cluster.root_pem)]}, timeout=5)
+                assert_fit_for_a_terminal(said.output)
+                assert not said.code.startswith(("network-", "endpoint-")), said.output
+            assert len(faulty.heard("request")) == 2
+    trial.changes()
 
 
 _SWAP = """

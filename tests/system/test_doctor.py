@@ -15,7 +15,7 @@ from lab.cluster import Cluster
 from lab.machine import Machine, difference
 from lab.network import CLUSTER_IPV4, Network
 from lab.run import Run
-from lab.services import ISTIOD_PORT, Endpoint, Istiod, Service
+from lab.services import ISTIOD_PORT, Service
 from standins.packages import Packages
 from system.joining import ROOT_CERT, TOKEN, Mesh, configure, join, requests, running_mesh
 
@@ -48,6 +48,12 @@ def examine(machine: Machine, *, user: str = "root") -> Rows:
     return rows
 
 
+def invite(mesh: Mesh, machine: Machine) -> None:
+    """Let one more machine join: a join token is for one alone."""
+    mesh.endpoint.invite(machine)
+    machine.write("/etc/vmmesh-agent/join-token", mesh.endpoint.create_token(), mode=0o600)
+
+
 def failed(rows: Rows) -> set[str]:
     return {name for name, row in rows.items() if row["result"] == "failed"}
 
@@ -68,16 +74,17 @@ def assert_fails(machine: Machine, check: str, *, note: str, fix: str) -> Rows:
 # --- machines that are well ---
 
 
-def test_a_fresh_machine_is_fit_to_join_and_nothing_is_changed_or_spent(machine: Machine, endpoint: Endpoint) -> None:
-    endpoint.invite(machine)
+def test_a_fresh_machine_is_fit_to_join_and_nothing_is_changed_or_spent(machine: Machine, mesh: Mesh) -> None:
+    invite(mesh, machine)
     before = machine.snapshot()
+    asked = len(requests(mesh.endpoint))
 
     rows = examine(machine)
 
     assert failed(rows) == set(), shown(rows)
     assert rows["endpoint-certificate"]["result"] == "ok"
     assert rows["istiod-port"]["result"] == "not-applicable"
-    assert requests(endpoint) == []
+    assert len(requests(mesh.endpoint)) == asked
     assert difference(before, machine.snapshot(), ignore=READERS) == []
     join(machine)  # the token of the invitation is as good as before
 
@@ -98,9 +105,8 @@ def test_a_healthy_joined_machine_has_no_failed_row_and_nothing_is_changed(joine
     assert difference(before, joined.snapshot(), ignore=[*READERS, "/var/log/istio/*"]) == []
 
 
-def test_a_machine_with_dpkg_is_well_too(deb_machine: Machine, endpoint: Endpoint, istiod: Istiod) -> None:
-    assert istiod.requests() == []
-    endpoint.invite(deb_machine)
+def test_a_machine_with_dpkg_is_well_too(deb_machine: Machine, mesh: Mesh) -> None:
+    invite(mesh, deb_machine)
     assert failed(examine(deb_machine)) == set()
     join(deb_machine)
     rows = examine(deb_machine)
@@ -168,8 +174,8 @@ def test_an_endpoint_whose_name_nobody_knows_is_said_to_have_no_address(joined: 
     assert rows["endpoint-port"]["result"] == "unknown"
 
 
-def test_a_port_that_somebody_has_is_named_with_its_owner(machine: Machine, endpoint: Endpoint) -> None:
-    endpoint.invite(machine)
+def test_a_port_that_somebody_has_is_named_with_its_owner(machine: Machine, mesh: Mesh) -> None:
+    invite(mesh, machine)
     with listening(machine, 15021):
         assert_fails(machine, "ports", note="15021 (health) by python3", fix="ss -ltnup")
     assert examine(machine)["ports"]["result"] == "ok"
@@ -210,8 +216,8 @@ def test_a_cloud_init_that_rewrites_etc_hosts_is_found_whoever_set_it_last(joine
         joined.run(["rm", "-r", "/etc/cloud"])
 
 
-def test_a_package_manager_at_work_is_named(deb_machine: Machine, endpoint: Endpoint) -> None:
-    endpoint.invite(deb_machine)
+def test_a_package_manager_at_work_is_named(deb_machine: Machine, mesh: Mesh) -> None:
+    invite(mesh, deb_machine)
     script = (
         "import fcntl,time; f=open('/var/lib/dpkg/lock-frontend','w'); fcntl.lockf(f,fcntl.LOCK_EX); time.sleep(60)"
     )
@@ -251,6 +257,15 @@ def test_a_firewall_that_drops_what_goes_to_istiod_is_found_in_time(joined: Mach
     finally:
         joined.run(["iptables", "-D", *rule])
     assert rows["istiod-certificate"]["result"] == "unknown"
+
+
+def test_a_root_certificate_that_is_none_is_said_where_it_matters(joined: Machine) -> None:
+    with hidden(joined, ROOT_CERT):
+        rows = assert_fails(joined, "istiod-certificate", note=f"{ROOT_CERT} is missing", fix="vmmesh-agent restore")
+        assert f"{ROOT_CERT} is missing" in rows["files"]["note"]
+        joined.write(ROOT_CERT, "no certificate\n", owner="istio-proxy")
+        rows = assert_fails(joined, "istiod-certificate", note="no usable certificate", fix="vmmesh-agent restore")
+        assert rows["istiod-port"]["result"] == "unknown"
 
 
 def test_an_istiod_that_is_mute_in_the_handshake_is_told_from_one_that_is_not_reached(
@@ -359,7 +374,7 @@ def test_a_resolver_that_changed_after_the_start_is_missed_by_capture(joined: Ma
 def test_a_frozen_sidecar_is_silent_on_dns_and_health(joined: Machine) -> None:
     joined.run(["systemctl", "kill", "--signal=STOP", "istio"])
     try:
-        rows = assert_fails(joined, "dns-proxy", note="nothing answers on 15053", fix="systemctl restart istio")
+        rows = assert_fails(joined, "dns-proxy", note="no answer on 15053", fix="systemctl restart istio")
         assert rows["unit"]["result"] == "ok"
     finally:
         joined.run(["systemctl", "kill", "--signal=CONT", "istio"])

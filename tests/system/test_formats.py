@@ -60,7 +60,7 @@ def files(mesh: Mesh, network: Network, run: Run) -> Iterator[Files]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("way", ["https", "file"])
-def test_a_bundle_of_any_form_is_joined_with(
+def test_a_bundle_of_any_form_is_joined_with(  # noqa: PLR0917  # pytest passes by name
     form: str, way: str, joined: Machine, mesh: Mesh, files: Files, tmp_path: Path
 ) -> None:
     expected, label = _new_bundle(mesh.cluster)

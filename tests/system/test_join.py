@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,7 @@ def _assert_all_say_healthy(machine: Machine) -> None:
     assert json.loads(as_user.stdout)["state"] == "healthy"
 
 
-def test_the_package_may_come_from_a_folder_an_address_and_a_file_in_their_versions(
+def test_the_package_may_come_from_a_folder_an_address_and_a_file_in_their_versions(  # noqa: PLR0917  # pytest passes by name
     machine: Machine,
     cluster: Cluster,
     istiod: Istiod,
@@ -171,8 +172,14 @@ def test_a_sidecar_that_empties_its_logs_at_each_start_is_followed_all_the_same(
     assert status(machine)["state"] == "healthy"
 
 
-def test_a_missing_dependency_comes_from_the_distribution(
-    cluster: Cluster, istiod: Istiod, packages: Packages, fixture_rpms: tuple[Path, ...], network: Network, run: Run
+def test_a_missing_dependency_comes_from_the_distribution(  # noqa: PLR0917  # pytest passes by name
+    cluster: Cluster,
+    istiod: Istiod,
+    packages: Packages,
+    fixture_rpms: tuple[Path, ...],
+    network: Network,
+    run: Run,
+    tmp_path: Path,
 ) -> None:
     assert istiod.requests() == []
     with Machine("vm4", layers=image.layers("rpm"), network=network, run=run) as machine:
@@ -185,8 +192,9 @@ def test_a_missing_dependency_comes_from_the_distribution(
         assert "[missing-dependency]" in without.stderr
 
         for rpm in fixture_rpms:
-            copy_to(machine, rpm, f"/srv/repository/{rpm.name}")
-        subprocess.run(["createrepo_c", "--quiet", str(machine.root / "srv/repository")], check=True)
+            shutil.copy(rpm, tmp_path)
+        subprocess.run(["createrepo_c", "--quiet", str(tmp_path)], check=True)
+        shutil.copytree(tmp_path, machine.root / "srv/repository")
         repository = "[fixture]\nname=fixture\nbaseurl=file:///srv/repository\nenabled=1\ngpgcheck=0\n"
         machine.write("/etc/yum.repos.d/fixture.repo", repository)
         join(machine)

@@ -6,6 +6,7 @@ sidecar's logs in the form that they have.
 """
 
 import re
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -368,7 +369,7 @@ def somebody_asks_whether_the_sidecar_is_ready(vm: Vm) -> None:
     """From the first moment of its start, as a load balancer does."""
     ask = "for n in $(seq 120); do curl -s -m 1 -o /dev/null 127.0.0.1:{15021,15020}/healthz/ready; sleep 0.2; done"
     with vm.undisturbed(*STARTS):
-        asking = vm.machine.spawn(["bash", "-c", ask])
+        asking = vm.machine.spawn(["bash", "-c", ask], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         vm.restart()
         asking.wait()
     assert "Envoy proxy is NOT ready" in vm.new_lines(LOG)

@@ -4,21 +4,27 @@ import base64
 import io
 import json
 import re
+import socket
 import subprocess
 import tarfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from factories import EVENING, a_condition, a_report
 from lab.image import REPOSITORY
 from lab.machine import Machine
 from lab.services import Endpoint, Istiod
 from system.joining import TOKEN, join, status
 from vmmesh_agent.events import MESSAGE_ID
+from vmmesh_agent.health import State
+from vmmesh_agent.render import Activity, prometheus
+from vmmesh_agent.report import Known
 
 LOG = "/var/log/istio/istio.log"
 TARGET = "vmmesh-ready.target"
@@ -180,7 +186,8 @@ def test_following_shows_what_fails_and_what_recovers_and_ends_with_the_keyboard
 @pytest.fixture
 def exporter(tmp_path: Path) -> Iterator[Callable[[], str]]:
     """The real node_exporter over a folder, on loopback; call it for what it exposes."""
-    address = "127.0.0.1:19876"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     argv = [
         "prometheus-node-exporter", "--collector.disable-defaults", "--collector.textfile",
         f"--collector.textfile.directory={tmp_path}", f"--web.listen-address={address}",
@@ -201,6 +208,21 @@ def exporter(tmp_path: Path) -> Iterator[Callable[[], str]]:
     yield scrape
     process.kill()
     process.wait()
+
+
+def test_node_exporter_reads_every_metric_whatever_the_words_in_it(exporter: Callable[[], str], tmp_path: Path) -> None:
+    hostile = 'a"b\\c\nd{e}=f,g é'
+    activity = Activity({"fetch": EVENING}, *(Counter({hostile: 3, "b": 2_000_000}) for _ in range(3)))
+    known = Known(f"vm/{hostile}", EVENING, hostile)
+    report = a_report(State.FAILED, a_condition("disk_full"), a_condition("disk_full"), known=known)
+    (tmp_path / "vmmesh.prom").write_text(prometheus(report, activity))
+    exposed = exporter()
+    assert "node_textfile_scrape_error 0\n" in exposed
+    escaped = 'a\\"b\\\\c\\nd{e}=f,g é'
+    assert f'vmmesh_agent_fetch_failures_total{{code="{escaped}"}} 3\n' in exposed
+    assert 'vmmesh_agent_log_events_total{code="b"} 2e+06\n' in exposed
+    assert f'vmmesh_agent_info{{istio_version="{escaped}",namespace="vm"' in exposed
+    assert "vmmesh_agent_conditions_total" in exposed
 
 
 def test_node_exporter_reads_the_metrics_that_the_daemon_writes(

@@ -207,6 +207,7 @@ def test_docker_before_the_sidecar_is_a_warning_and_after_it_is_none(host: FakeH
     [
         (None, "yes", "ok"),
         (None, "no", "warning"),
+        (None, "", "unknown"),
         (3.0, "no", "ok"),
         (300.0, "yes", "failed"),
         (-300.0, "no", "failed"),
@@ -362,6 +363,7 @@ def test_a_resolver_that_is_not_captured_fails_and_systemd_resolved_is_named(hos
         ("endpoint-unknown-ca", ("ok", "ok", "failed")),
         ("endpoint-pin-mismatch", ("ok", "ok", "failed")),
         ("endpoint-handshake-silent", ("ok", "ok", "failed")),
+        ("ca-file-invalid", ("ok", "unknown", "failed")),
     ],
 )
 def test_what_stops_a_connection_fails_at_its_own_stage_alone(
@@ -422,6 +424,32 @@ def test_capture_has_to_be_as_the_sidecar_is(
     rules = [f"-N {chain}" for chain in chains] + ["-A OUTPUT -p tcp -j ISTIO_OUTPUT"] * jump
     host.says["iptables --wait"] = host.says["ip6tables --wait"] = "\n".join(rules)
     assert row(host, "capture").result == result
+
+
+class Answering(FakeHost):
+    """One with somebody on its loopback interface, who answers each datagram with its beginning."""
+
+    def exchange(self, port: int, datagram: bytes, timeout: float) -> bytes | None:  # noqa: ARG002  # it takes no time
+        return datagram[:12] if port == 15053 else None
+
+
+class Silent(FakeHost):
+    """One on which nobody answers."""
+
+    def exchange(self, port: int, datagram: bytes, timeout: float) -> bytes | None:  # noqa: ARG002
+        return None
+
+
+def test_a_dns_proxy_that_is_not_there_is_told_from_one_that_is_silent(tmp_path: Path) -> None:
+    answering, silent = Answering(tmp_path / "answering"), Silent(tmp_path / "silent")
+    for host in (answering, silent):
+        host.join(ISTIO_META_DNS_CAPTURE="true")
+    assert row(answering, "dns-proxy").result == Result.OK
+    assert "nobody listens" in row(silent, "dns-proxy").note
+    silent.put("/proc/net/udp", HEAD + a_socket(15053, ISTIO_PROXY.uid, state="07"))
+    assert "no answer" in row(silent, "dns-proxy").note
+    silent.join(ISTIO_META_DNS_CAPTURE="false")
+    assert row(silent, "dns-proxy").result == Result.NOT_APPLICABLE
 
 
 def test_rules_that_are_somebody_elses_are_not_missed(host: FakeHost) -> None:
