@@ -4,6 +4,7 @@ verify(a_bundle(token=CLUSTER.token(audience="somebody-else")), MOMENT, resolves
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Any
@@ -16,9 +17,9 @@ from vmmesh_agent.report import Known, Report
 from vmmesh_agent.units import UnitState
 from vmmesh_agent.verify import VerifiedBundle, verify
 
-CLUSTER = Cluster.create()
 STRANGER = Authority.create("somebody else")
 MOMENT = now()
+CLUSTER = replace(Cluster.create(), moment=MOMENT)  # its tokens are of the moment at which they are judged
 EVENING = datetime(2026, 3, 4, 20, 15, 30, tzinfo=UTC)
 CONFIG_FILE = PurePosixPath("/etc/vmmesh-agent/config.yaml")
 DEMO = Workload("vm", "demo")

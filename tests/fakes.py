@@ -188,6 +188,9 @@ class FakeManager:
             raise InstallError(f"{path} is not a sound package", code="package-invalid") from None
         return PackageFile(said["name"], said["version"], said["arch"], said["size"] * 1024)
 
+    def check(self, path: PurePosixPath) -> None:
+        self.inspect(path)
+
     def is_newer(self, version: str, than: str) -> bool:
         return _numbers(version) > _numbers(than)
 
@@ -270,6 +273,9 @@ class FakeMachine(Host):
             case ["dpkg-deb", "--show", _, file]:
                 said = json.loads(Path(file).read_text())
                 return 0, f"{said['name']}\n{said['version']}\n{said['arch']}\n{said['size']}\n"
+            case ["dpkg-deb", "--contents", file]:
+                json.loads(Path(file).read_text())
+                return 0, ""
             case ["apt-get", "install", *_, file]:
                 return self._changed(argv[:2], self._install, json.loads(Path(file).read_text())["version"])
             case ["systemctl", "show", *_]:

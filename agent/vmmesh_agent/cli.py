@@ -239,6 +239,8 @@ def _logs(options: argparse.Namespace) -> int:
     draw = follow.painted if _in_colour() else (lambda line: line.text)
     logs, story = follow.Logs(host, streams), follow.Story(_width())
     past = [*story.tell(logs.read(_now()))]
+    if logs.trouble:
+        print(f"vmmesh-agent: without the journal: {logs.trouble}", file=sys.stderr)
     past += story.pause(_now()) if options.follow else story.end(_now())
     for line in deque(past, options.lines):
         print(draw(line))

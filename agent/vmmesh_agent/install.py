@@ -96,6 +96,7 @@ def judge(host: Host, source: Source, path: PurePosixPath, settings: SidecarSett
     installed = source.manager.installed(NAME)
     if installed and not _is_same(installed, package.version):
         _refuse_downgrade(source.manager, package.version, installed, settings)
+    source.manager.check(path)
     free = host.free_bytes(_TARGET)
     if free < package.installed_bytes + _RESERVE:
         raise HostError(

@@ -51,6 +51,9 @@ class PackageManager(Protocol):
     def inspect(self, path: PurePosixPath) -> PackageFile:
         """Read a package file's own description. Raise `InstallError` where it is none of this format."""
 
+    def check(self, path: PurePosixPath) -> None:
+        """Read the package file to its end. Raise `InstallError` where it is damaged."""
+
     def is_newer(self, version: str, than: str) -> bool:
         """Compare two versions by the format's own rules."""
 
@@ -63,7 +66,7 @@ class Rpm:
 
     format = "rpm"
 
-    def __init__(self, host: Host, on_wait: OnWait) -> None:
+    def __init__(self, host: Host, on_wait: OnWait = lambda _: None) -> None:
         self._host = host
         self._on_wait = on_wait
         self._root = [] if host.is_running else ["--root", str(host.root)]
@@ -86,9 +89,12 @@ class Rpm:
         file = str(self._host.outside(path))
         found = self._host.run(["rpm", "-q", "--nosignature", "--queryformat", form, "-p", file], check=False)
         _succeed_in_reading(path, "rpm", found)
-        _succeed_in_reading(path, "rpm", self._host.run(["rpm", "--checksig", "--nosignature", file], check=False))
         name, version, arch, size = found.stdout.split()[-4:]
         return PackageFile(name, version, arch, int(size))
+
+    def check(self, path: PurePosixPath) -> None:
+        digests = ["rpm", "--checksig", "--nosignature", str(self._host.outside(path))]
+        _succeed_in_reading(path, "rpm", self._host.run(digests, timeout=300, check=False))
 
     def is_newer(self, version: str, than: str) -> bool:
         compare = f'%{{lua: print(rpm.vercmp("{_plain(version)}", "{_plain(than)}"))}}'
@@ -118,7 +124,7 @@ class Deb:
 
     format = "deb"
 
-    def __init__(self, host: Host, on_wait: OnWait) -> None:
+    def __init__(self, host: Host, on_wait: OnWait = lambda _: None) -> None:
         self._host = host
         self._on_wait = on_wait
         self._root = [] if host.is_running else [f"--root={host.root}"]
@@ -143,10 +149,13 @@ class Deb:
         file = str(self._host.outside(path))
         found = self._host.run(["dpkg-deb", "--show", form, file], check=False)
         _succeed_in_reading(path, "deb", found)
-        # Listing unpacks it all in passing: dpkg would find the damage when half of it is in place.
-        _succeed_in_reading(path, "deb", self._host.run(["dpkg-deb", "--contents", file], timeout=300, check=False))
         name, version, arch, *size = found.stdout.split()
         return PackageFile(name, version, arch, int(size[0]) * 1024 if size else 0)
+
+    def check(self, path: PurePosixPath) -> None:
+        # Listing unpacks it all in passing; dpkg itself would find the damage when half of it is in place.
+        listing = ["dpkg-deb", "--contents", str(self._host.outside(path))]
+        _succeed_in_reading(path, "deb", self._host.run(listing, timeout=300, check=False))
 
     def is_newer(self, version: str, than: str) -> bool:
         return self._host.run(["dpkg", "--compare-versions", version, "gt", than], check=False).status == 0

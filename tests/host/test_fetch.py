@@ -133,8 +133,8 @@ while True:
                 time.sleep(0.05)
                 assert host.sha256(INTO) == DIGEST
         finally:
-            download.stop()
-        assert host.read(INTO) in {None, PACKAGE}
+            download.discard()
+        assert host.read(INTO) is None
 
 
 # --- packages ---
@@ -149,11 +149,12 @@ def download(host: Host, endpoint: Endpoint, url: str = "", sha256: str = DIGEST
         raise error
 
     try:
-        path = loading.finish(patience=200, on_retry=enough, on_progress=seen.append)
+        arrived = host.read(loading.finish(patience=200, on_retry=enough, on_progress=seen.append))
     finally:
-        loading.stop()
+        loading.discard()
+    assert host.read(INTO) is None  # installed or refused: it is of no use any more
     assert seen == sorted(seen)
-    return host.read(path)
+    return arrived
 
 
 def test_a_package_arrives_with_its_digest(tree: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Most of a scenario is waiting (systemd starts the sidecar again after 10 s, Envo
 closed), so some machines at a time cost little more than one.
 """
 
+import itertools
 import json
 import queue
 import re
@@ -38,10 +39,11 @@ from system.joining import Mesh, status
 LANES = 5
 LOG = "/var/log/istio/istio.log"
 ERR = "/var/log/istio/istio.err.log"
+RECORD = "/run/vmmesh-agent/status.json"
 JOURNAL = "journal"
 
 _PATIENCE = 75.0  # seconds for anything that has to come; none is a measure of the agent
-_POLL = 0.3
+_POLL = 0.2
 # What a remedy says about other machines than this one.
 _ELSEWHERE = ("kubectl ", "istioctl ")
 # What a remedy says for machines of another kind: those with SELinux, those that set their own clock.
@@ -241,59 +243,50 @@ class Vm:
 
     # --- what the agent says ----------------------------------------------------
 
+    def record(self) -> dict[str, Any] | None:
+        """Return the daemon's record, which `status` shows while it is fresh: to look at it costs no process."""
+        try:
+            document: dict[str, Any] = json.loads(self._file(RECORD).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return document
+
     def says(self, state: str, cause: str, *, evidence: str = "", within: float = _PATIENCE) -> dict[str, Any]:
         """Wait until `status` has this state and cause; return the condition of the cause.
 
         `evidence` is a regular expression that the line shown has to match.
         """
-        shown: dict[str, Any] = {}
-
-        def look() -> bool:
-            nonlocal shown
-            shown = status(self.machine)
-            return (shown["state"], shown["cause"]) == (state, cause)
-
-        self._until(f"{state} ({cause}) in status", look, within, lambda: f"status: {json.dumps(shown, indent=1)}")
+        shown = self._shows(
+            f"{state} ({cause})", lambda shown: (shown["state"], shown["cause"]) == (state, cause), within
+        )
         return self._told(shown, cause, evidence)
 
     def mentions(self, code: str, *, evidence: str = "", within: float = _PATIENCE) -> dict[str, Any]:
         """Wait until `status` has this condition, whatever the state is; return it."""
-        shown: dict[str, Any] = {}
-
-        def look() -> bool:
-            nonlocal shown
-            shown = status(self.machine)
-            return any(condition["code"] == code for condition in shown["conditions"])
-
-        self._until(f"{code} in status", look, within, lambda: f"status: {json.dumps(shown, indent=1)}")
+        shown = self._shows(code, lambda shown: code in [each["code"] for each in shown["conditions"]], within)
         return self._told(shown, code, evidence)
 
     def is_healthy(self, within: float = _PATIENCE) -> None:
         """Wait until the machine is healthy and nothing is said against it."""
         began = time.monotonic()
-        shown: dict[str, Any] = {}
-
-        def look() -> bool:
-            nonlocal shown
-            shown = status(self.machine)
-            return (shown["state"], shown["cause"], shown["conditions"]) == ("healthy", "none", [])
-
-        self._until("healthy in status", look, within, lambda: f"status: {json.dumps(shown, indent=1)}")
+        self._shows("healthy", _is_well, within)
         if self.measured and not self.measured[-1].outcome:
             self.measured[-1].healthy_after = time.monotonic() - began
 
     @contextmanager
     def undisturbed(self, *allowed: str, rest: float = 6.0) -> Iterator[list[dict[str, Any]]]:
-        """See that `status`, asked each second in the block and for `rest` seconds after it, has nothing to say.
+        """See that the daemon's record and `status` have nothing to say in the block and for `rest` seconds after it.
 
-        `allowed` are causes that may be named meanwhile, and states other than healthy. Gives what it was asked.
+        `allowed` are causes that may be named meanwhile, and states other than healthy. Gives all that was said.
         """
         samples: list[dict[str, Any]] = []
         over = threading.Event()
 
         def ask() -> None:
-            while not over.wait(1.0):
-                samples.append(status(self.machine))
+            for turn in itertools.count():
+                if over.wait(0.5):
+                    return
+                samples.extend(filter(None, [status(self.machine) if turn % 4 == 0 else self.record()]))
 
         asking = threading.Thread(target=ask)
         asking.start()
@@ -306,8 +299,7 @@ class Vm:
         alarms = [
             f"{sample['state']} ({sample['cause']}): {json.dumps(sample['conditions'], indent=1)}"
             for sample in samples
-            if not {sample["state"], sample["cause"]} & {*allowed}
-            and (sample["state"] != "healthy" or sample["conditions"])
+            if not {sample["state"], sample["cause"]} & {*allowed} and not _is_well(sample)
         ]
         assert samples
         assert not alarms, f"{len(alarms)} of {len(samples)} answers were alarms, the first:\n{alarms[0]}"
@@ -342,12 +334,27 @@ class Vm:
     def _is_soon_well(self) -> bool:
         deadline = time.monotonic() + 12
         while time.monotonic() < deadline:
-            if status(self.machine)["state"] == "healthy":
+            if (record := self.record()) and _is_well(record):
                 return True
             time.sleep(_POLL)
         return False
 
     # --- details ----------------------------------------------------------------
+
+    def _shows(self, what: str, fits: Callable[[dict[str, Any]], bool], within: float) -> dict[str, Any]:
+        """Look at the record until it fits, and then at what `status` itself says."""
+        shown: dict[str, Any] = {}
+
+        def look() -> bool:
+            nonlocal shown
+            if (record := self.record()) is None or not fits(record):
+                shown = record or {}
+                return False
+            shown = status(self.machine)
+            return fits(shown)
+
+        self._until(f"{what} in status", look, within, lambda: f"status: {json.dumps(shown, indent=1)}")
+        return shown
 
     def _told(self, shown: Mapping[str, Any], code: str, evidence: str) -> dict[str, Any]:
         measured = self.measured[-1]
@@ -379,6 +386,10 @@ class Vm:
 
 
 Scenario = Callable[[Vm], None]
+
+
+def _is_well(shown: Mapping[str, Any]) -> bool:
+    return (shown["state"], shown["cause"], shown["conditions"]) == ("healthy", "none", [])
 
 
 def commands(remedy: str) -> list[str]:

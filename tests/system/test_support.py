@@ -265,6 +265,14 @@ def test_a_state_change_is_in_the_journal_with_fields_of_its_own(served: Machine
     assert {entry["_SYSTEMD_UNIT"] for entry in entries} == {"vmmesh-agent.service"}
 
 
+def test_a_restart_by_hand_pages_nobody(served: Machine) -> None:
+    served.run(["systemctl", "restart", "istio"])
+    until(lambda: status(served)["state"] == "healthy")
+    time.sleep(3)
+    served.run(["journalctl", "--sync"])
+    assert served.run(["journalctl", "--output=cat", "VMMESH_STATE=failed"], check=False).stdout == ""
+
+
 @pytest.mark.parametrize("dependency", ["Requires", "BindsTo"])
 def test_an_application_starts_after_the_mesh_and_stops_without_it(
     dependency: str, machine: Machine, endpoint: Endpoint, istiod: Istiod
@@ -309,25 +317,49 @@ def test_a_hook_runs_on_the_machine_and_one_of_a_user_does_not(served: Machine) 
 
 # --- rotation ---
 
+# Lines of the agent's form without end; each has a word of its own, for what differs by digits only is folded.
+WRITER = """
+exec >> /var/log/istio/istio.log
+number=0
+while [ -e /run/write ]; do
+    number=$((number + 1))
+    printf '%s\twarn\tword-%s\n' "$(date -u +%Y-%m-%dT%H:%M:%S.%6NZ)" "$(echo $number | tr 0-9 a-j)"
+    sleep 0.05
+done
+"""
 
-def test_the_sidecar_and_all_who_read_its_logs_bear_a_rotation(served: Machine) -> None:
+
+def test_a_log_that_is_written_all_the_time_is_followed_through_rotations(served: Machine) -> None:
     rule = REPOSITORY / "packaging/logrotate/vmmesh-agent"
     served.write("/etc/logrotate.d/vmmesh-agent", rule.read_bytes())
     before = served.read(LOG)
-    served.run(["logrotate", "--force", "/etc/logrotate.d/vmmesh-agent"])
-    rotated = served.run(["sh", "-ec", f"zcat {LOG}.1.gz"]).stdout
-    assert rotated.encode().startswith(before)
-    assert served.run(["stat", "--format=%U", f"{LOG}.1.gz"]).stdout == "istio-proxy\n"
+    served.write("/run/write", "")
+    writer = served.spawn(["sh", "-c", WRITER], user="istio-proxy", stdout=subprocess.DEVNULL)
+    follower = served.spawn(["vmmesh-agent", "logs", "--follow", "--stream", "log"])
+    until(lambda: b"word-" in served.read(LOG))
+    for _ in range(3):
+        time.sleep(2)
+        served.run(["logrotate", "--force", "/etc/logrotate.d/vmmesh-agent"])
+    until(lambda: b"word-" in served.read(LOG))
+    time.sleep(3)
+    served.run(["rm", "/run/write"])
+    assert writer.wait(20) == 0
+    time.sleep(3)
+    last = re.findall(rb"word-([a-j]+)\n", served.read(LOG))[-1].decode()
+    served.run(["pkill", "--signal", "INT", "--full", "vmmesh-agent logs --follow"])
+    output, _ = follower.communicate(timeout=20)
+    assert re.search(rf"word-{last}$", output, re.MULTILINE), "what came after the last rotation was not shown"
 
-    served.run(["systemctl", "kill", "--signal=0", "istio"])
-    time.sleep(5)
-    assert status(served)["state"] == "healthy"
     assert b"\0" not in served.read(LOG)
-    served.run(["vmmesh-agent", "logs", "--stream", "log"])
-    explained = served.run(["vmmesh-agent", "explain", LOG, "--output", "json"], check=False)
-    assert json.loads(explained.stdout)["state"] in {"healthy", "unknown"}  # what was healthy is in the older file
-    served.run(["sh", "-ec", f"zcat {LOG}.1.gz | vmmesh-agent explain -"])
+    assert served.run(["sh", "-ec", f"zcat {LOG}.3.gz"]).stdout.encode().startswith(before)
+    assert served.run(["stat", "--format=%U", f"{LOG}.1.gz", f"{LOG}.3.gz"]).stdout == "istio-proxy\nistio-proxy\n"
+    assert status(served)["state"] == "healthy"
+    assert [
+        line for line in served.run(["vmmesh-agent", "logs", "--stream", "log"]).stdout.splitlines() if last in line
+    ]
+    explained = served.run(["vmmesh-agent", "explain", "--output", "json", LOG], check=False)
+    assert json.loads(explained.stdout)["state"] in {"healthy", "unknown"}  # the start of the run was rotated away
+    served.run(["sh", "-ec", f"zcat {LOG}.3.gz | vmmesh-agent explain -"])
+
     served.run(["systemctl", "restart", "istio"])
     until(lambda: status(served)["state"] == "healthy")
-    served.run(["logrotate", "--force", "/etc/logrotate.d/vmmesh-agent"])
-    assert served.run(["sh", "-ec", f"ls {LOG}.2.gz"]).returncode == 0

@@ -454,6 +454,8 @@ def test_a_dns_proxy_that_is_not_there_is_told_from_one_that_is_silent(tmp_path:
 
 def test_rules_that_are_somebody_elses_are_not_missed(host: FakeHost) -> None:
     host.join()
+    host.put("/var/lib/istio/envoy/sidecar.env", "# ISTIO_CUSTOM_IP_TABLES=true\n")
+    assert row(host, "capture").result == Result.FAILED
     host.put("/var/lib/istio/envoy/sidecar.env", 'ISTIO_CUSTOM_IP_TABLES="true"\n')
     assert row(host, "capture").result == Result.NOT_APPLICABLE
 

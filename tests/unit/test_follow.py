@@ -107,6 +107,16 @@ def test_the_access_log_in_json_is_counted_too(machine: Machine) -> None:
     assert matching(told(machine), "… 3 requests, 1 answered with 5xx")
 
 
+def test_a_request_whose_line_comes_in_two_pieces_is_counted_once(machine: Machine, following: "Following") -> None:
+    line = request(1)
+    machine.append(line[:30])
+    machine.append(line[30:60])
+    before = following.look(1)
+    machine.append(line[60:])
+    counted = re.findall(r"… (\d+) request", "".join([*before, *following.look(2), *following.look(100)]))
+    assert counted == ["1"]
+
+
 def test_the_streams_are_merged_by_time(machine: Machine) -> None:
     machine.append(agent(10, "warn", "first") + agent(30, "warn", "third"))
     machine.append(
