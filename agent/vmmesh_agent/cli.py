@@ -242,6 +242,8 @@ def _logs(options: argparse.Namespace) -> int:
     if logs.trouble:
         print(f"vmmesh-agent: without the journal: {logs.trouble}", file=sys.stderr)
     past += story.pause(_now()) if options.follow else story.end(_now())
+    if not past and not options.follow:
+        print("vmmesh-agent: these logs hold nothing of note", file=sys.stderr)
     for line in deque(past, options.lines):
         print(draw(line))
     while options.follow:

@@ -113,10 +113,17 @@ class _Run:
         for key in [key for key in self.failures if key[0] in aspects]:
             del self.failures[key]
 
+    def _forget_rejections(self, connected_since: datetime) -> None:
+        """On a new stream istiod sends everything anew: what Envoy did not refuse again by now, it has accepted."""
+        for key, failure in list(self.failures.items()):
+            if key[0] is Aspect.CONFIGURATION and failure.last and failure.last < connected_since:
+                del self.failures[key]
+
     def settle(self, moment: datetime | None) -> None:
         """Believe in a stream that has lived long enough."""
         if self.connected and moment and self.connected_since and moment - self.connected_since >= _LASTING:
             self.clear({Aspect.ADMISSION, Aspect.TOKEN})
+            self._forget_rejections(self.connected_since)
             self.admitted = True
             self.serves = self.serves or self.signed or self.began is None
 

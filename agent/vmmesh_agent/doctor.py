@@ -145,7 +145,7 @@ class Patient:
     @property
     def captures_by_itself(self) -> bool:
         """Does the start script set the iptables chains, as it does unless the machine's owner says otherwise?"""
-        return not _CUSTOM_RULES.search(self.host.read(signals.SIDECAR_ENV) or b"")
+        return signals.captures_by_itself(self.host.read(signals.SIDECAR_ENV) or b"")
 
     @property
     def captures_dns(self) -> bool:
@@ -197,8 +197,6 @@ class Patient:
         return any(self.host.status(PurePosixPath(folder) / name) for folder in _PATH)
 
 
-# Read as text: what else is in that file is a shell's business, and cluster.env may not have it.
-_CUSTOM_RULES = re.compile(rb"""^\s*(?:export\s+)?ISTIO_CUSTOM_IP_TABLES=["']?true\b""", re.MULTILINE)
 _PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 
 

@@ -98,9 +98,10 @@ class Events:
         names = [
             name for name in self._host.names_in(HOOKS) if _HOOK_NAME.fullmatch(name) and not name.endswith(_LEFT_OVER)
         ]
-        if names and (fault := self._fault(HOOKS)):
-            self._log.warning("hooks refused", path=str(HOOKS), reason=fault)
-            return []
+        for folder in (HOOKS.parent, HOOKS) if names else ():
+            if fault := self._fault(folder):
+                self._log.warning("hooks refused", path=str(folder), reason=fault)
+                return []
         hooks = []
         for path in (HOOKS / name for name in names):
             if fault := self._fault(path):

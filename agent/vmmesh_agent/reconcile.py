@@ -28,9 +28,8 @@ from vmmesh_agent.verify import VerifiedBundle, verify
 from vmmesh_agent.watch import Watch
 
 LOCK = PurePosixPath("/run/vmmesh-agent/lock")  # whoever changes the machine holds it
-_SETTLED = {State.HEALTHY, State.DEGRADED}
 _POLL_SECONDS = 0.25
-_HOPELESS_SECONDS = 45.0
+_LAST_WORD_SECONDS = {State.DEGRADED: 10.0, State.FAILED: 45.0}  # one that stays so long the same is the answer
 
 
 class Step(Protocol):
@@ -123,11 +122,11 @@ def settle(world: World, watch: Watch, known: Known) -> Health:
     with world.progress.step("watch") as step:
         limit = world.config.healthy_within
         deadline = time.monotonic() + (limit if world.patience is None else min(limit, world.left() or 0.0))
-        hopeless = _Hopeless()
+        lasting = _Lasting()
         while True:
             health = watch.observe(world.now(), known).health
             step.says(str(health.state) if health.cause == "none" else f"{health.state}: {health.cause}")
-            if health.state in _SETTLED or hopeless.after(health) or time.monotonic() >= deadline:
+            if health.state is State.HEALTHY or lasting.long_enough(health) or time.monotonic() >= deadline:
                 return health
             time.sleep(_POLL_SECONDS)
 
@@ -294,19 +293,20 @@ def _start(world: World, watch: Watch) -> list[str]:
     return done
 
 
-class _Hopeless:
-    """Notices a failure that stays the same: waiting longer would only keep a person from the reason."""
+class _Lasting:
+    """Notices trouble that stays the same: waiting longer would only keep a person from the reason."""
 
     def __init__(self) -> None:
-        self._cause = ""
+        self._trouble = (State.STARTING, "")
         self._since = 0.0
 
-    def after(self, health: Health) -> bool:
-        """Has the sidecar failed for this one cause for long enough?"""
-        cause = health.cause if health.state is State.FAILED else ""
-        if cause != self._cause:
-            self._cause, self._since = cause, time.monotonic()
-        return bool(cause) and time.monotonic() - self._since >= _HOPELESS_SECONDS
+    def long_enough(self, health: Health) -> bool:
+        """Has it been this trouble, for this cause, for long enough to be the last word?"""
+        trouble = (health.state, health.cause)
+        if trouble != self._trouble:
+            self._trouble, self._since = trouble, time.monotonic()
+        limit = _LAST_WORD_SECONDS.get(health.state)
+        return limit is not None and time.monotonic() - self._since >= limit
 
 
 def _previous_root(host: Host) -> bytes:

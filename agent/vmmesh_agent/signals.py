@@ -5,6 +5,7 @@
 taken for health or for a failure.
 """
 
+import re
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ TOKEN = PurePosixPath("/var/run/secrets/tokens/istio-token")
 SIDECAR_ENV = PurePosixPath("/var/lib/istio/envoy/sidecar.env")
 LOG_FOLDER = PurePosixPath("/var/log/istio")
 
+_CUSTOM_RULES = re.compile(rb"""^\s*(?:export\s+)?ISTIO_CUSTOM_IP_TABLES=["']?true\b""", re.MULTILINE)
 READY_PORT = 15021  # Envoy's own listener: answers as long as Envoy does, whatever it says
 _CHAIN = "ISTIO_OUTPUT"  # the chain of the nat table that is there whenever traffic is captured
 _SECONDS = 2.0  # for each look
@@ -31,6 +33,7 @@ _SECONDS = 2.0  # for each look
 _LOW_SPACE = 32 * 1024**2  # bytes left in the log folder's file system
 _LARGE_LOGS = 1024**3  # bytes that the logs may take up before a word is said
 SKEW = timedelta(seconds=60)
+_BACKDATED = timedelta(minutes=2)  # istiod lets certificates begin so long ago, for clocks that are behind
 _OVERDUE = 0.25  # of a certificate's life: pilot-agent renews at about half
 
 
@@ -74,9 +77,10 @@ def gather(host: Host, istiod: str) -> Signals:
         certificate=_certificate(host) if is_root else None,
         token=(_read(host, TOKEN) or b"") if is_root else None,
         is_captured=_is_captured(host) if is_root else None,
-        captures_by_itself=b"ISTIO_CUSTOM_IP_TABLES=true" not in (_read(host, SIDECAR_ENV) or b"").replace(b'"', b""),
-        envoy_answers=host.answers(READY_PORT, "/healthz/ready", _SECONDS),
-        istiod_addresses=host.addresses(istiod, _SECONDS) if istiod else None,
+        captures_by_itself=captures_by_itself(_read(host, SIDECAR_ENV) or b""),
+        # Not /healthz/ready, which Envoy hands to pilot-agent, which logs each time that it is not ready.
+        envoy_answers=host.answers(READY_PORT, "/", _SECONDS),
+        istiod_addresses=_addresses(host, istiod) if istiod else None,
         log_space=_or_none(host, LOG_FOLDER),
         log_size=_size_of_logs(host),
         unseen=() if is_root else ("the sidecar's certificate", "the token", "traffic capture"),
@@ -150,7 +154,7 @@ def _certificate_conditions(signals: Signals, now: datetime) -> Iterator[Conditi
             f"The sidecar's certificate is not signed by the root in {ROOT_CERT}: one of the two is another mesh's.",
             "Run `vmmesh-agent bootstrap` for the mesh's root, then `systemctl restart istio`.",
         )
-    life = certificate.not_after - certificate.not_before
+    life = certificate.not_after - certificate.not_before - _BACKDATED
     if certificate.not_after - now < life * _OVERDUE:
         fault = token_fault(signals.token, now) if signals.token else ""
         dead = f", and the token {fault}" if fault else ""
@@ -174,11 +178,11 @@ def _name_conditions(signals: Signals, expected: Expected) -> Iterator[Condition
             "Run `vmmesh-agent bootstrap`: it writes the bundle's address into /etc/hosts. Where the bundle has none,"
             " repair this machine's DNS.",
         )
-    elif expected.addresses and found[0] not in expected.addresses:
+    elif expected.addresses and (foreign := [address for address in found if address not in expected.addresses]):
         yield Condition(
             "istiod_address_mismatch",
             Severity.DEGRADED,
-            f"{expected.istiod} leads to {found[0]}; the bundle says {', '.join(expected.addresses)}.",
+            f"{expected.istiod} leads to {foreign[0]}; the bundle says {', '.join(expected.addresses)}.",
             f"Look for another line that names it, and remove it: `grep -n {expected.istiod} /etc/hosts`.",
         )
 
@@ -241,6 +245,19 @@ def _certificate(host: Host) -> OwnCertificate | None:
         return own_certificate(chain, key or b"", roots or b"")
     except x509.CertificateError:
         return None
+
+
+def captures_by_itself(sidecar_env: bytes) -> bool:
+    """Does the start script set the iptables chains, as it does unless the machine's owner says otherwise?
+
+    sidecar.env is read as text: what else is in it is a shell's business, and cluster.env may not have it.
+    """
+    return not _CUSTOM_RULES.search(sidecar_env)
+
+
+def _addresses(host: Host, name: str) -> tuple[str, ...]:
+    """Resolve the name. A DNS that does not answer in time finds nothing, as far as the sidecar is concerned."""
+    return host.addresses(name, _SECONDS) or ()
 
 
 def _is_captured(host: Host) -> bool | None:

@@ -21,6 +21,7 @@ LOGS = {
 }
 _TAIL = 8 * 1024**2  # bytes of an existing log that are read back to find the run's start
 _CURSOR = "-- cursor: "
+_LOOP = timedelta(seconds=30)  # between two ends of a crash loop: RestartSec=10, and what a start takes
 _GRACE = timedelta(seconds=20)  # after a start, before ports, certificate and capture are missed
 
 # What a failed sidecar brings with it: no news beside the cause.
@@ -59,6 +60,7 @@ class Watch:
         self._invocation: str | None = None
         self._running_since = datetime.min.replace(tzinfo=UTC)
         self._seen: dict[str, datetime] = {}
+        self._loop: tuple[datetime, Health] | None = None
         self._has_looked = False
         self.log_events: Counter[str] = Counter()  # messages by the cause that they name, since the first look
 
@@ -91,7 +93,7 @@ class Watch:
         self._note_start(unit, now)
         seen = signals.gather(self._host, known.istiod)
         return Observation(
-            self._combined(self._health(unit, now), unit, seen, known, now),
+            self._combined(self._health(unit, seen, now), unit, seen, known, now),
             unit,
             seen.certificate.not_after if seen.certificate else None,
             seen.unseen,
@@ -101,21 +103,42 @@ class Watch:
         for file in self._files.values():
             file.close()
 
-    def _health(self, unit: UnitState, now: datetime) -> Health:
-        if unit.active == "unknown":
-            return Health(State.UNKNOWN, "none", (_NO_SYSTEMD,))
-        if not unit.is_loaded:
-            return Health(State.NOT_JOINED)
+    def _health(self, unit: UnitState, seen: Signals, now: datetime) -> Health:
+        """Judge by unit and logs; the unit says which run the logs may speak of."""
         logs = self._diagnosis.health(now)
-        if unit.active == "inactive":
-            return Health(State.STOPPED, "stopped", (_STOPPED,))
-        if not unit.is_running and logs.state is not State.FAILED:
-            return Health(State.FAILED, "agent_crashed", (_ENDS_AGAIN,))
-        if logs.state is not State.UNKNOWN:
-            return logs
+        match unit.active, unit.sub:
+            case "unknown", _:
+                return Health(State.UNKNOWN, "none", (_NO_SYSTEMD,))
+            case _ if not unit.is_loaded:
+                return Health(State.NOT_JOINED)
+            case "inactive", _:
+                return Health(State.STOPPED, "stopped", (_STOPPED,))
+            case "deactivating", _:  # somebody stops or restarts it; draining takes up to TimeoutStopSec=30
+                return Health(State.DEGRADED, "stopping", (_STOPPING,))
+            case ("failed", _) | ("activating", "auto-restart"):
+                return self._keeping_cause(logs if logs.state is State.FAILED else _ENDS_AGAIN, now)
+            case "activating", _:
+                return Health(State.STARTING)
+        if logs.state in {State.UNKNOWN, State.STOPPED}:  # nothing of this run: rotated, or no line could be written
+            return self._without_logs(unit, seen, now)
+        if logs.state is State.HEALTHY and seen.envoy_answers is False and now - self._running_since < _GRACE:
+            return Health(State.STARTING)
+        return self._keeping_cause(logs, now)
+
+    def _without_logs(self, unit: UnitState, seen: Signals, now: datetime) -> Health:
         if self._known and self._known[0] == unit.invocation:
             return self._known[1]
-        return Health(State.STARTING) if self._is_new_run else Health(State.UNKNOWN, "none", (_SILENT,))
+        if self._is_new_run or now - self._running_since < _GRACE:
+            return Health(State.STARTING)
+        state = State.HEALTHY if seen.envoy_answers else State.UNKNOWN
+        return Health(state, "none", (_SILENT,))
+
+    def _keeping_cause(self, health: Health, now: datetime) -> Health:
+        """In a crash loop the reason comes a few seconds after the end: until then the last run's stands."""
+        if health.cause == "agent_crashed" and self._loop and now - self._loop[0] < _LOOP:
+            return self._loop[1]
+        self._loop = (now, health) if health.state is State.FAILED else None
+        return health
 
     def _note_start(self, unit: UnitState, now: datetime) -> None:
         """Remember since when this start of the unit is known: what it has not done yet is no failure at first."""
@@ -168,11 +191,23 @@ _STOPPED = Condition(
     "The sidecar is stopped: istio.service is not running.",
     "Start it: `systemctl start istio`.",
 )
-_ENDS_AGAIN = Condition(
+_STOPPING = Condition(
+    "stopping",
+    Severity.DEGRADED,
+    "The sidecar is being stopped; it lets its connections end first.",
+    "Wait half a minute, then see `systemctl status istio`.",
+)
+_ENDS_AGAIN = Health(
+    State.FAILED,
     "agent_crashed",
-    Severity.FAILED,
-    "The sidecar ends again and again, and its logs do not say why.",
-    "Read what the start script said: `journalctl -u istio -n 50`.",
+    (
+        Condition(
+            "agent_crashed",
+            Severity.FAILED,
+            "The sidecar ends again and again, and its logs do not say why.",
+            "Read what the start script said: `journalctl -u istio -n 50`.",
+        ),
+    ),
 )
 _SILENT = Condition(
     "logs_silent",

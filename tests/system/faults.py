@@ -156,7 +156,7 @@ class Vm:
             "vmmesh-agent status --output json; systemctl status --no-pager --lines=0 istio vmmesh-agent"
         ).stdout
         logs = self.run(
-            f"tail -n 15 {LOG} {ERR}; journalctl --no-pager -n 200 -u istio | grep -v 'Running command' | tail -n 20;"
+            f"tail -n 15 {LOG} {ERR} | cut -c -400 | cat -v; journalctl --no-pager -n 200 -u istio | grep -v 'Running command' | tail -n 20;"
             " journalctl --no-pager -n 15 -u vmmesh-agent"
         )
         return f"{shown}\n{logs.stdout}"

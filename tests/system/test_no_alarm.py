@@ -306,10 +306,10 @@ def the_endpoint_is_down(vm: Vm) -> None:
     """The agent's own trouble is said, and the sidecar is not blamed for it."""
     vm.mesh.endpoint.stop()
     vm.does("systemctl restart vmmesh-agent")
-    vm.says("degraded", "endpoint_unreachable")
-    with vm.undisturbed("endpoint_unreachable") as samples:
+    vm.says("degraded", "endpoint_refuses_connections")
+    with vm.undisturbed("endpoint_refuses_connections") as samples:
         pass
-    assert {condition["code"] for sample in samples for condition in sample["conditions"]} == {"endpoint_unreachable"}
+    assert {condition["code"] for sample in samples for condition in sample["conditions"]} == {"endpoint_refuses_connections"}
     vm.mesh.endpoint.start()
     vm.does("systemctl restart vmmesh-agent")
 

@@ -245,8 +245,9 @@ def test_what_another_than_root_may_write_is_not_run(world: World) -> None:
 
 
 @pytest.mark.parametrize("fault", ["mode", "owner"])
-def test_a_folder_that_another_than_root_may_write_has_no_hooks(world: World, fault: str) -> None:
-    folder = world.hook("fine", "true").parent
+@pytest.mark.parametrize("above", [0, 1])
+def test_a_folder_that_another_than_root_may_write_has_no_hooks(world: World, fault: str, above: int) -> None:
+    folder = world.hook("fine", "true").parents[above]
     if fault == "mode":
         folder.chmod(0o777)
     else:
