@@ -61,8 +61,18 @@ def _run(options: argparse.Namespace) -> int:
     from vmmesh_agent.daemon import Daemon
 
     host = Host(options.root)
+    logger = log.logger()
+    daemon = Daemon(host, _config(options, host), logger)
+
+    def reload(_signal: int, _frame: object) -> None:
+        try:
+            daemon.reload(_config(options, host))
+        except AgentError as error:
+            logger.warning("the configuration was not reloaded", code=error.code, message=error.message)
+
+    signal.signal(signal.SIGHUP, reload)
     try:
-        Daemon(host, _config(options, host), log.logger()).run()
+        daemon.run()
     except SystemExit:  # SIGTERM: what a daemon is asked to do is no failure
         notify.stopping()
     return 0

@@ -54,6 +54,12 @@ class Daemon:
     watch: Watch = field(init=False)
     events: Events = field(init=False)
     looked: float = field(default=0.0, init=False)
+    is_hurried: bool = field(default=False, init=False)
+
+    def reload(self, config: Config) -> None:
+        """Take over another configuration, and try at once what it says; for a signal handler, so it only notes."""
+        self.config = config
+        self.is_hurried = True
 
     def run(self) -> None:
         """Work until the process is told to end; only an exception leaves the loop."""
@@ -66,7 +72,8 @@ class Daemon:
             notify.ready("at work")
             next_attempt = time.monotonic()
             while True:
-                if time.monotonic() >= next_attempt:
+                if self.is_hurried or time.monotonic() >= next_attempt:
+                    self.is_hurried = False
                     next_attempt = time.monotonic() + self._attempt()
                 self.look()
                 time.sleep(_OBSERVE_SECONDS)

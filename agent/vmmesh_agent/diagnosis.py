@@ -78,6 +78,7 @@ class _Run:
         self.signed_until: datetime | None = None
         self.connected = False  # a stream opened and nothing was said against it since
         self.connected_since: datetime | None = None
+        self.connected_stream: Stream | None = None
         self.admitted = False  # such a stream lived on
         self.envoy_since: datetime | None = None
         self.stopping: _Failure | None = None
@@ -278,6 +279,17 @@ class Diagnosis:
             and record.moment <= began.moment
         )
 
+    def _is_of_an_older_stream(self, record: Record) -> bool:
+        """Tell how a stream ended that has a successor by now, in a line that another file had in store."""
+        run = self._run
+        return (
+            run.connected
+            and record.stream is not run.connected_stream
+            and record.moment is not None
+            and run.connected_since is not None
+            and record.moment < run.connected_since
+        )
+
     def _apply(self, rule: Rule, record: Record) -> None:
         run = self._run
         match rule.effect:
@@ -294,6 +306,7 @@ class Diagnosis:
             case Effect.CONNECTS:
                 run.clear({Aspect.CONNECTION})
                 run.connected, run.connected_since = True, record.moment
+                run.connected_stream = record.stream
             case Effect.STOPPING:
                 if not run.stopping and not run.died_of(_PROCESSES):
                     run.stopping = self._failure(rule, Aspect.AGENT, record)
@@ -330,9 +343,11 @@ class Diagnosis:
         aspect = rule.aspect(record)
         if aspect is None or (run.stopping and aspect is not Aspect.MACHINE) or run.stopped:
             return
-        self.raised[rule.cause] += 1
         if aspect in {Aspect.CONNECTION, Aspect.ADMISSION}:
+            if self._is_of_an_older_stream(record):
+                return
             run.connected = False
+        self.raised[rule.cause] += 1
         if aspect is Aspect.ADMISSION:
             run.clear({Aspect.CONNECTION})  # who is refused has been heard
         failure = self._failure(rule, aspect, record)

@@ -35,6 +35,9 @@ FOLDERS = (
 )
 
 
+_WRITTEN_BY_SIDECAR = {PurePosixPath("/etc/certs"), PurePosixPath("/etc/istio/proxy")}
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One row of the table. Other `modes` than the first are tolerated on a file that has the right content."""
@@ -155,7 +158,9 @@ def _folder_change(host: Host, path: PurePosixPath, owner: Account | None) -> Ch
     if found and found.owner.uid == (owner.uid if owner else None):
         return None
     what = "owner" if found else "new folder"
-    return Change(path, what, None, None, USER, found.mode if found else 0o755, restarts=False)
+    # What pilot-agent could not write it tries again only when it renews its certificate, half a day later.
+    restarts = found is not None and path in _WRITTEN_BY_SIDECAR
+    return Change(path, what, None, None, USER, found.mode if found else 0o755, restarts)
 
 
 def _file_change(host: Host, entry: Entry, content: bytes, owner: Account | None) -> Change | None:

@@ -154,7 +154,8 @@ class Watch:
             known.istiod_addresses,
             None if known.clock_offset is None else timedelta(seconds=known.clock_offset),
         )
-        if logs.state is State.NOT_JOINED or (unit.is_running and now - self._running_since < _GRACE):
+        is_changing = unit.active in {"activating", "deactivating"}
+        if logs.state is State.NOT_JOINED or is_changing or (unit.is_running and now - self._running_since < _GRACE):
             return logs
         logs = replace(logs, conditions=tuple(signals.sharpened(each, seen, now) for each in logs.conditions))
         causes = {condition.code for condition in logs.conditions}

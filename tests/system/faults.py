@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -156,7 +156,8 @@ class Vm:
             "vmmesh-agent status --output json; systemctl status --no-pager --lines=0 istio vmmesh-agent"
         ).stdout
         logs = self.run(
-            f"tail -n 15 {LOG} {ERR} | cut -c -400 | cat -v; journalctl --no-pager -n 200 -u istio | grep -v 'Running command' | tail -n 20;"
+            f"tail -n 15 {LOG} {ERR} | cut -c -400 | cat -v;"
+            " journalctl --no-pager -n 200 -u istio | grep -v 'Running command' | tail -n 20;"
             " journalctl --no-pager -n 15 -u vmmesh-agent"
         )
         return f"{shown}\n{logs.stdout}"
@@ -464,7 +465,7 @@ def _play(scenario: Scenario, free: "queue.SimpleQueue[Vm]") -> None:
 def selected(request: pytest.FixtureRequest, parameter: str) -> list[Scenario]:
     """Return the scenarios that this session was asked for (`-k`), in their order."""
     return [
-        item.callspec.params[parameter]
+        cast("Scenario", item.callspec.params[parameter])
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.path == request.path and parameter in item.callspec.params
     ]
@@ -473,6 +474,7 @@ def selected(request: pytest.FixtureRequest, parameter: str) -> list[Scenario]:
 def show(request: pytest.FixtureRequest, measured: Sequence[Measured]) -> None:
     """Print what was measured, on the terminal and not only of tests that failed."""
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    assert reporter is not None
     reporter.ensure_newline()
     reporter.write_line(f"{'scenario':<62} {'said':<40} {'told':>6} {'healthy':>8} {'whole':>6}")
     for each in sorted(measured, key=lambda each: each.scenario):

@@ -309,7 +309,9 @@ def the_endpoint_is_down(vm: Vm) -> None:
     vm.says("degraded", "endpoint_refuses_connections")
     with vm.undisturbed("endpoint_refuses_connections") as samples:
         pass
-    assert {condition["code"] for sample in samples for condition in sample["conditions"]} == {"endpoint_refuses_connections"}
+    assert {condition["code"] for sample in samples for condition in sample["conditions"]} == {
+        "endpoint_refuses_connections"
+    }
     vm.mesh.endpoint.start()
     vm.does("systemctl restart vmmesh-agent")
 
