@@ -158,7 +158,10 @@ def write_package(
 
 
 class FakeManager:
-    """A package manager that keeps what is installed. Versions are compared number by number."""
+    """A package manager that keeps what is installed, and whose package makes its user.
+
+    Versions are compared number by number.
+    """
 
     def __init__(
         self, host: Host, format_: str = "deb", *, architecture: str = "amd64", installed: str | None = None
@@ -167,7 +170,15 @@ class FakeManager:
         self.installations: list[PurePosixPath] = []
         self._host = host
         self._architecture = architecture
-        self._installed = installed
+        self._installed: str | None = None
+        if installed:
+            self._set(installed)
+
+    def _set(self, version: str) -> None:
+        self._installed = version
+        passwd = self._host.outside(PurePosixPath("/etc/passwd"))
+        passwd.parent.mkdir(exist_ok=True)
+        passwd.write_text("root:x:0:0::/root:/bin/sh\nistio-proxy:x:997:997::/var/lib/istio:/bin/sh\n")
 
     def is_there(self) -> bool:
         return True
@@ -196,7 +207,7 @@ class FakeManager:
 
     def install(self, path: PurePosixPath) -> None:
         self.installations.append(path)
-        self._installed = self.inspect(path).version
+        self._set(self.inspect(path).version)
 
 
 def _numbers(version: str) -> list[int]:

@@ -17,6 +17,7 @@ from vmmesh_agent.host import ROOT, Host
 from vmmesh_agent.packages import PackageFile, PackageManager, fits
 
 NAME = "istio-sidecar"
+USER = "istio-proxy"  # made by the package's own script
 CACHE = PurePosixPath("/var/lib/vmmesh-agent/packages")
 RECORD = PurePosixPath("/var/lib/vmmesh-agent/installed.json")  # which digest gave which version
 _TARGET = PurePosixPath("/usr/local/bin")
@@ -53,7 +54,7 @@ def plan(host: Host, config: Config, sidecar: Sidecar | None, managers: Sequence
     """Choose the package and compare it with what is installed; nothing is changed or downloaded."""
     source = _configured(host, config.sidecar, managers) if config.sidecar.package else _named(sidecar, managers)
     if source is None:
-        installed = next((version for manager in managers if (version := manager.installed(NAME))), None)
+        installed = next((version for manager in managers if (version := _installed(host, manager))), None)
         if installed is None:
             raise InstallError(
                 f"{NAME} is not installed, and neither the bundle nor the configuration names a package",
@@ -61,7 +62,7 @@ def plan(host: Host, config: Config, sidecar: Sidecar | None, managers: Sequence
                 hint="set sidecar.package, or let the endpoint serve the package with the bundle",
             )
         return Plan(installed)
-    installed = source.manager.installed(NAME)
+    installed = _installed(host, source.manager)
     wanted = source.version or _recorded(host, source.sha256)
     if installed and wanted and _is_same(installed, wanted):
         return Plan(installed)
@@ -93,7 +94,7 @@ def judge(host: Host, source: Source, path: PurePosixPath, settings: SidecarSett
             code="package-wrong-architecture",
             hint="name a package for this machine's architecture",
         )
-    installed = source.manager.installed(NAME)
+    installed = _installed(host, source.manager)
     if installed and not _is_same(installed, package.version):
         _refuse_downgrade(source.manager, package.version, installed, settings)
     source.manager.check(path)
@@ -109,13 +110,18 @@ def judge(host: Host, source: Source, path: PurePosixPath, settings: SidecarSett
 
 def apply(host: Host, source: Source, path: PurePosixPath, package: PackageFile) -> None:
     """Install the package that was judged, unless it is the installed one."""
-    installed = source.manager.installed(NAME)
+    installed = _installed(host, source.manager)
     if not (installed and _is_same(installed, package.version)):
         source.manager.install(path)
     if source.sha256:
         record = json.dumps({"sha256": source.sha256, "version": package.version}).encode()
         host.make_folder(RECORD.parent, ROOT, 0o700)
         host.write(RECORD, record, ROOT, 0o600)
+
+
+def _installed(host: Host, manager: PackageManager) -> str | None:
+    """Return the installed version. Without the user that the package makes, it counts as absent and is put anew."""
+    return manager.installed(NAME) if host.account(USER) else None
 
 
 def _configured(host: Host, settings: SidecarSettings, managers: Sequence[PackageManager]) -> Source:

@@ -102,7 +102,7 @@ class Rpm:
 
     def install(self, path: PurePosixPath) -> None:
         file = str(self._host.outside(path))
-        upgrade = ["rpm", *self._root, "-U", "--oldpackage"]
+        upgrade = ["rpm", *self._root, "-U", "--oldpackage", "--replacepkgs"]
         trial = _patiently(self._host, [*upgrade, "--test", file], self._on_wait)
         if trial.status == 0:
             _succeed(_patiently(self._host, [*upgrade, file], self._on_wait))
@@ -170,7 +170,7 @@ class Deb:
     def _apt_get(self, file: str) -> None:
         """apt-get needs no repository where nothing is missing; where something is, its lists may be old."""
         install = [
-            "apt-get", "install", "--yes", "--no-install-recommends", "--allow-downgrades", "--quiet",
+            "apt-get", "install", "--yes", "--no-install-recommends", "--allow-downgrades", "--reinstall", "--quiet",
             "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
             file,
         ]  # fmt: skip

@@ -165,3 +165,9 @@ def test_a_plan_says_what_it_would_do(tree: Path) -> None:
 def test_a_machine_without_a_package_manager_is_told(tree: Path) -> None:
     with pytest.raises(InstallError, match="no packages at all"):
         install.plan(Host(tree), a_config(), Sidecar("1", (a_package(),)), [])
+
+
+def test_a_package_whose_user_is_gone_is_installed_again(tree: Path) -> None:
+    manager = FakeManager(Host(tree), installed="1.28.2")
+    (tree / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\n")
+    assert plan(tree, manager, Sidecar("1.28.2", (a_package(),))).source

@@ -13,6 +13,7 @@ import json
 import queue
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -472,13 +473,12 @@ def selected(request: pytest.FixtureRequest, parameter: str) -> list[Scenario]:
 
 
 def show(request: pytest.FixtureRequest, measured: Sequence[Measured]) -> None:
-    """Print what was measured, on the terminal and not only of tests that failed."""
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    assert reporter is not None
-    reporter.ensure_newline()
-    reporter.write_line(f"{'scenario':<62} {'said':<40} {'told':>6} {'healthy':>8} {'whole':>6}")
+    """Print what was measured on the terminal, whether tests failed or not."""
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    assert capture is not None
+    lines = [f"{'scenario':<62} {'said':<40} {'told':>6} {'healthy':>8} {'whole':>6}"]
     for each in sorted(measured, key=lambda each: each.scenario):
         told, healthy = (f"{value:.1f}" if value is not None else "" for value in (each.told_after, each.healthy_after))
-        reporter.write_line(
-            f"{each.scenario:<62} {each.said:<40} {told:>6} {healthy:>8} {each.seconds:>6.1f}  {each.outcome}"
-        )
+        lines.append(f"{each.scenario:<62} {each.said:<40} {told:>6} {healthy:>8} {each.seconds:>6.1f}  {each.outcome}")
+    with capture.global_and_fixture_disabled():
+        sys.stdout.write("\n" + "\n".join(lines) + "\n")
