@@ -53,10 +53,13 @@ _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _NOT_YET_VALID, _EXPIRED, _WRONG_NAME = 9, 10, 62
 
 
+_TRIED_AGAIN = "it is tried again by itself; see that the endpoint runs, and that no firewall stands between"
+
+
 class _PassingError(FetchError):
     """Trouble that may pass by itself. `retry_after` is what the server asked for, in seconds."""
 
-    def __init__(self, message: str, *, code: str, hint: str = "", retry_after: float = 0) -> None:
+    def __init__(self, message: str, *, code: str, hint: str = _TRIED_AGAIN, retry_after: float = 0) -> None:
         super().__init__(message, code=code, hint=hint, retry=True)
         self.retry_after = min(retry_after, _MAX_RETRY_AFTER)
 

@@ -37,7 +37,7 @@ from standins.istiod import Behaviour
 from standins.packages import Packages
 from system.joining import Mesh, status
 
-LANES = 5
+LANES = 7
 LOG = "/var/log/istio/istio.log"
 ERR = "/var/log/istio/istio.err.log"
 RECORD = "/run/vmmesh-agent/status.json"
@@ -144,8 +144,9 @@ class Vm:
     def mend(self) -> None:
         """Begin again with a new machine."""
         self.istiod.behave(Behaviour())
-        self.istiod.stop()
-        self.istiod.start()
+        for service in (self.istiod, self.mesh.endpoint):
+            service.stop()
+            service.start()
         self.mesh.publish(self.cluster.bundle(address=self.address))
         self.machine.link.restore()
         self.machine.reset()
