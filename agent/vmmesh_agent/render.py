@@ -56,7 +56,7 @@ def _condition_lines(condition: Condition, now: datetime | None, width: int) -> 
         since = f" (since {condition.since.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}{ago})"
     yield from _wrapped(condition.message + since, "  ", "  ", width)
     if condition.evidence:
-        yield from _wrapped(" ".join(condition.evidence.split()), "    evidence  ", " " * 14, width, most=3)
+        yield from _wrapped(" ".join(condition.evidence.split()), "    evidence  ", " " * 14, width, most=6)
     if condition.remedy:
         for number, line in enumerate(condition.remedy.splitlines()):
             yield from _wrapped(line, "    to do     " if number == 0 else " " * 14, " " * 14, width)

@@ -253,7 +253,9 @@ def describe(
         unit=observation.unit,
         updated_at=moment,
         known=known,
-        certificate_not_after=observation.certificate_not_after or (before.certificate_not_after if before else None),
+        certificate_not_after=before.certificate_not_after
+        if before and observation.unseen
+        else observation.certificate_not_after,
         unseen=observation.unseen,
         by_daemon=by_daemon,
     )
