@@ -22,6 +22,7 @@ LOGS = {
 _TAIL = 8 * 1024**2  # bytes of an existing log that are read back to find the run's start
 _CURSOR = "-- cursor: "
 _LOOP = timedelta(seconds=30)  # between two ends of a crash loop: RestartSec=10, and what a start takes
+_START = timedelta(seconds=60)  # what a start may take before its silence means something
 _GRACE = timedelta(seconds=20)  # after a start, before ports, certificate and capture are missed
 
 # What a failed sidecar brings with it: no news beside the cause.
@@ -55,7 +56,6 @@ class Watch:
         self._files = {stream: LogFile(host, path, tail=_TAIL) for stream, path in LOGS.items()}
         self._cursor = ""
         self._restarts = 0
-        self._is_new_run = False
         self._is_following = follows
         self._invocation: str | None = None
         self._running_since = datetime.min.replace(tzinfo=UTC)
@@ -69,7 +69,7 @@ class Watch:
         self._diagnosis = Diagnosis()
         self._known = None
         self._restarts = 0
-        self._is_new_run = True
+        self._invocation = ""  # whatever starts now is new
         for file in self._files.values():
             file.skip_to_end()
         if self._host.is_root:
@@ -128,7 +128,7 @@ class Watch:
     def _without_logs(self, unit: UnitState, seen: Signals, now: datetime) -> Health:
         if self._known and self._known[0] == unit.invocation:
             return self._known[1]
-        if self._is_new_run or now - self._running_since < _GRACE:
+        if now - self._running_since < _START:
             return Health(State.STARTING)
         state = State.HEALTHY if seen.envoy_answers else State.UNKNOWN
         return Health(state, "none", (_SILENT,))
@@ -144,7 +144,7 @@ class Watch:
         """Remember since when this start of the unit is known: what it has not done yet is no failure at first."""
         if unit.invocation != self._invocation:
             # A unit that ran before we looked has had its time; one that changes under our eyes has it before it.
-            self._running_since = now if self._invocation is not None else now - _GRACE
+            self._running_since = now if self._invocation is not None else now - _START
             self._invocation = unit.invocation
 
     def _combined(self, logs: Health, unit: UnitState, seen: Signals, known: Known, now: datetime) -> Health:
@@ -155,7 +155,12 @@ class Watch:
             None if known.clock_offset is None else timedelta(seconds=known.clock_offset),
         )
         is_changing = unit.active in {"activating", "deactivating"}
-        if logs.state is State.NOT_JOINED or is_changing or (unit.is_running and now - self._running_since < _GRACE):
+        if (
+            logs.state is State.NOT_JOINED
+            or unit.active == "unknown"
+            or is_changing
+            or (unit.is_running and now - self._running_since < _GRACE)
+        ):
             return logs
         logs = replace(logs, conditions=tuple(signals.sharpened(each, seen, now) for each in logs.conditions))
         causes = {condition.code for condition in logs.conditions}
@@ -232,8 +237,8 @@ def _with_conditions(health: Health, found: list[Condition]) -> Health:
     if worst.severity is Severity.NOTE:
         return replace(health, conditions=conditions)
     state = State.FAILED if worst.severity is Severity.FAILED else State.DEGRADED
-    # A sidecar that is stopped, or not known, does not become "degraded" by what else is wrong.
-    keeps = health.state in {State.STOPPED, State.UNKNOWN, State.STARTING, State.FAILED}
+    # A sidecar that is stopped or starting does not become "degraded" by what else is wrong.
+    keeps = health.state in {State.STOPPED, State.STARTING, State.FAILED}
     return Health(health.state if keeps else state, health.cause if keeps else worst.code, conditions)
 
 

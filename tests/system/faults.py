@@ -200,6 +200,7 @@ class Vm:
     def memory_limit(self, process: int, limit: int) -> Iterator[None]:
         """Let a process of the machine have no more than `limit` bytes of new memory: the kernel kills it then."""
         group = Path(f"/sys/fs/cgroup/memory/{self.run_of_lab.name}-{self.machine.name}")
+        assert group.parent.is_dir(), "this host has no memory controller of cgroup v1"
         group.mkdir()
         try:
             (group / "memory.limit_in_bytes").write_text(str(limit))
@@ -430,15 +431,17 @@ def side_by_side(
             machine = stack.enter_context(Machine(f"lane{number}", layers=layers, network=network, run=run))
             vms.append(Vm(machine, Mesh(cluster, istiod, endpoint), address, network, run, stop))
         pool = stack.enter_context(ThreadPoolExecutor(len(vms)))
-        stack.callback(stop.set)  # before the pool waits for its threads
         joins = [pool.submit(_joined, vm, free) for vm in vms]
         outcomes = {scenario.__name__: pool.submit(_play, scenario, free) for scenario in scenarios}
         measured: list[Measured] = []
-        yield outcomes, measured
+        try:
+            yield outcomes, measured
+        finally:  # a session that ends early does not wait for the rest
+            stop.set()
+            pool.shutdown(cancel_futures=True)
         for join in joins:
             join.result()
         measured += [each for vm in vms for each in vm.measured]
-        pool.shutdown(cancel_futures=True)
 
 
 def _joined(vm: Vm, free: "queue.SimpleQueue[Vm]") -> None:
