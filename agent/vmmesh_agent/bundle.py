@@ -188,9 +188,8 @@ def _package(document: Mapping[str, Any]) -> Package:
     size = document.get("size")
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
         raise _unreadable("bundle-malformed", "a size in sidecar.packages must be a number of bytes")
-    format_, arch, url, sha256 = (
-        _word(document, key, "sidecar.packages.") for key in ("format", "arch", "url", "sha256")
-    )
+    format_, arch, url = (_word(document, key, "sidecar.packages.") for key in ("format", "arch", "url"))
+    sha256 = _text(document, "sha256", "sidecar.packages.")
     return Package(format_, arch, url, sha256.removeprefix("sha256:").lower(), size)
 
 

@@ -109,7 +109,8 @@ def _bootstrap(options: argparse.Namespace) -> int:
             moment=world.now(),
             by_daemon=False,
         )
-        report.save(host, current)
+        if not _is_fresh(before, world.now()):  # the daemon's record, where there is one, is the daemon's to write
+            report.save(host, current)
     if trouble:
         raise trouble
     print()
@@ -365,7 +366,7 @@ def _current(host: Host) -> "Report":
 
     before = report.load(host)
     moment = _now()
-    if before and before.by_daemon and 0 <= (moment - before.updated_at).total_seconds() < report.FRESH_SECONDS:
+    if before and _is_fresh(before, moment):
         return before
     from vmmesh_agent.units import Units
     from vmmesh_agent.watch import Watch, describe
@@ -374,6 +375,14 @@ def _current(host: Host) -> "Report":
     known = before.known if before else report.Known()
     observation = Watch(host, Units(host), known=last, follows=False).observe(moment, known)
     return describe(observation, known=known, before=before, trouble=None, moment=moment, by_daemon=False)
+
+
+def _is_fresh(record: "Report | None", moment: datetime) -> bool:
+    """Is this the record of a daemon that runs?"""
+    from vmmesh_agent import report
+
+    age = (moment - record.updated_at).total_seconds() if record and record.by_daemon else -1.0
+    return 0 <= age < report.FRESH_SECONDS
 
 
 def _show(current: "Report") -> None:

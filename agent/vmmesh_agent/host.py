@@ -16,6 +16,7 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -354,31 +355,36 @@ class Host:
         `input` is its standard input: empty, it is at its end at once.
         """
         try:
-            done = subprocess.run(
+            child = subprocess.Popen(
                 argv,
-                input=input,
-                capture_output=True,
-                timeout=timeout,
-                check=False,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # so that it can be ended with all that it started
                 env={**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})},
             )
         except FileNotFoundError:
             raise HostError(
-                f"{argv[0]} is not installed",
-                code="program-missing",
-                hint=f"install the package that has {argv[0]}",
+                f"{argv[0]} is not installed", code="program-missing", hint=f"install the package that has {argv[0]}"
             ) from None
-        except PermissionError:
-            raise HostError(f"{argv[0]} may not be run", code="permission-denied") from None
-        except subprocess.TimeoutExpired:
-            raise HostError(
-                f"`{' '.join(argv)}` did not end within {timeout:.0f} s", code="command-timeout", retry=True
-            ) from None
+        except OSError as error:
+            code = "permission-denied" if isinstance(error, PermissionError) else "program-unusable"
+            raise HostError(f"{argv[0]} cannot be run: {error.strerror}", code=code) from None
+        with child:
+            try:
+                stdout, stderr = child.communicate(input, timeout)
+            except BaseException as error:
+                os.killpg(child.pid, signal.SIGKILL)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    raise HostError(
+                        f"`{' '.join(argv)}` did not end within {timeout:.0f} s", code="command-timeout", retry=True
+                    ) from None
+                raise
         completed = Completed(
             tuple(argv),
-            done.returncode,
-            done.stdout[:output_limit].decode(errors="replace"),
-            done.stderr[:output_limit].decode(errors="replace"),
+            child.returncode,
+            stdout[:output_limit].decode(errors="replace"),
+            stderr[:output_limit].decode(errors="replace"),
         )
         if check and completed.status != 0:
             raise HostError(

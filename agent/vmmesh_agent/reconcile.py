@@ -285,7 +285,7 @@ def _start(world: World, watch: Watch) -> list[str]:
         if not units.is_enabled(ISTIO):
             units.enable(ISTIO)
             done.append(f"{ISTIO} enabled")
-        if world.host.is_running and not units.state(ISTIO).is_running:
+        if world.host.is_running and units.state(ISTIO).active in {"inactive", "failed", "activating"}:
             watch.begin_anew()
             units.start(ISTIO)
             done.append(f"{ISTIO} started")

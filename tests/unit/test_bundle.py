@@ -179,7 +179,7 @@ def test_a_bundle_shows_no_content() -> None:
         (tar((entry("hosts", tarfile.CHRTYPE), b"")), "bundle-hostile-archive"),
         (tar((entry("../" + "\x1b[2J" * 60), b"")), "bundle-hostile-archive"),
     ],
-    ids=lambda value: value if isinstance(value, str) else str(len(value)),
+    ids=lambda value: value if isinstance(value, str) else "",  # the bytes have random keys in them
 )
 def test_what_cannot_be_read_as_a_bundle_is_refused_with(data: bytes, code: str) -> None:
     error = refusal(data)
