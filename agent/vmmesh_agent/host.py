@@ -130,12 +130,23 @@ class Host:
 
         A connection alone would not tell: the kernel accepts it for a process that hangs.
         """
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout) as connection:
-                connection.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
-                return bool(connection.recv(1))
-        except OSError:
-            return False
+        return bool(self.ask(port, path, timeout, limit=1))
+
+    def ask(self, port: int, path: str, timeout: float, limit: int) -> bytes:
+        """Return up to `limit` bytes of what an HTTP server on the loopback interface says, head and all.
+
+        Nothing where nobody answers; what came within `timeout` seconds, where more was to come.
+        """
+        said = bytearray()
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout) as connection:
+            connection.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+            while len(said) < limit and time.monotonic() < deadline:
+                chunk = connection.recv(min(64 * 1024, limit - len(said)))
+                if not chunk:
+                    break
+                said += chunk
+        return bytes(said)
 
     def exchange(self, port: int, datagram: bytes, timeout: float) -> bytes | None:
         """Send a datagram to a UDP port of the loopback interface; return the answer, None where there is none."""

@@ -26,6 +26,9 @@ SIDECAR_ENV = PurePosixPath("/var/lib/istio/envoy/sidecar.env")
 LOG_FOLDER = PurePosixPath("/var/log/istio")
 
 _CUSTOM_RULES = re.compile(rb"""^\s*(?:export\s+)?ISTIO_CUSTOM_IP_TABLES=["']?true\b""", re.MULTILINE)
+STATUS_PORT = 15020  # pilot-agent's: probes, and the metrics of both
+_METRICS_LIMIT = 8 * 1024**2  # bytes; Envoy's part may have megabytes
+_CERT_EXPIRY = re.compile(rb'^istio_agent_cert_expiry_seconds\{resource_name="default"\} ([0-9.e+]+)$', re.MULTILINE)
 READY_PORT = 15021  # Envoy's own listener: answers as long as Envoy does, whatever it says
 _CHAIN = "ISTIO_OUTPUT"  # the chain of the nat table that is there whenever traffic is captured
 _SECONDS = 2.0  # for a look that asks the network
@@ -52,10 +55,12 @@ class Signals:
     """One look at the machine. Times are aware and in UTC, sizes in bytes; None is what could not be seen."""
 
     certificate: OwnCertificate | None = None
+    certificate_not_after: datetime | None = None  # from the certificate, or as pilot-agent tells any user
     token: bytes | None = None  # None: not seen; empty: not there
     is_captured: bool | None = None
     captures_by_itself: bool = True  # unless the machine's own sidecar.env says that iptables are somebody else's
     envoy_answers: bool | None = None
+    agent_answers: bool | None = None
     istiod_addresses: tuple[str, ...] | None = None
     log_space: int | None = None
     log_size: int | None = None
@@ -71,20 +76,23 @@ class Expected:
     clock_offset: timedelta | None = None  # the endpoint's clock less ours
 
 
-def gather(host: Host, istiod: str) -> Signals:
+def gather(host: Host, istiod: str, now: datetime) -> Signals:
     """Look at everything once. `istiod` is the name to resolve, empty where none is known."""
     is_root = host.is_root
+    certificate = _certificate(host) if is_root else None
     return Signals(
-        certificate=_certificate(host) if is_root else None,
+        certificate=certificate,
+        certificate_not_after=certificate.not_after if certificate else None if is_root else _told_end(host, now),
         token=(_read(host, TOKEN) or b"") if is_root else None,
         is_captured=_is_captured(host) if is_root else None,
         captures_by_itself=captures_by_itself(_read(host, SIDECAR_ENV) or b""),
         # Not /healthz/ready, which Envoy hands to pilot-agent, which logs each time that it is not ready.
         envoy_answers=host.answers(READY_PORT, "/", _LOCAL_SECONDS),
+        agent_answers=host.answers(STATUS_PORT, "/", _LOCAL_SECONDS),
         istiod_addresses=_addresses(host, istiod) if istiod else None,
         log_space=_or_none(host, LOG_FOLDER),
         log_size=_size_of_logs(host),
-        unseen=() if is_root else ("the sidecar's certificate", "the token", "traffic capture"),
+        unseen=() if is_root else ("who signed the certificate", "the token", "traffic capture"),
     )
 
 
@@ -96,6 +104,8 @@ def conditions(signals: Signals, expected: Expected, *, is_running: bool, now: d
             yield _NOT_CAPTURED
         if signals.envoy_answers is False:
             yield _ENVOY_SILENT
+        if signals.agent_answers is False:
+            yield _AGENT_SILENT
         yield from _name_conditions(signals, expected)
     elif signals.is_captured:
         yield _LEFT_BEHIND
@@ -138,15 +148,15 @@ def _certificate_conditions(signals: Signals, now: datetime) -> Iterator[Conditi
             f"The token is not in its place ({TOKEN}).",
             "Run `vmmesh-agent restore`; it also runs at each boot, as vmmesh-agent-restore.service.",
         )
-    if certificate is None:
-        return
-    if certificate.not_after <= now:
+    if signals.certificate_not_after and signals.certificate_not_after <= now:
         yield Condition(
             "cert_expired",
             Severity.FAILED,
-            f"The sidecar's certificate expired at {_utc(certificate.not_after)}; no peer accepts it any more.",
+            f"The sidecar's certificate expired at {_utc(signals.certificate_not_after)}; no peer accepts it any more.",
             "Run `vmmesh-agent bootstrap` for a new token, then `systemctl restart istio`.",
         )
+        return
+    if certificate is None:
         return
     if not certificate.is_trusted:
         yield Condition(
@@ -207,6 +217,13 @@ _ENVOY_SILENT = Condition(
     "Run `systemctl restart istio`; if it stays so, read /var/log/istio/istio.err.log.",
 )
 
+_AGENT_SILENT = Condition(
+    "agent_silent",
+    Severity.DEGRADED,
+    f"pilot-agent does not answer on its status port {STATUS_PORT}, although the sidecar runs.",
+    "Run `systemctl restart istio`; if it stays so, read /var/log/istio/istio.log.",
+)
+
 
 # --- looking ---
 
@@ -254,6 +271,15 @@ def captures_by_itself(sidecar_env: bytes) -> bool:
     sidecar.env is read as text: what else is in it is a shell's business, and cluster.env may not have it.
     """
     return not _CUSTOM_RULES.search(sidecar_env)
+
+
+def _told_end(host: Host, now: datetime) -> datetime | None:
+    """Ask pilot-agent's metrics, which any user may read, when the certificate ends."""
+    found = _CERT_EXPIRY.search(host.ask(STATUS_PORT, "/stats/prometheus", _SECONDS, _METRICS_LIMIT))
+    try:
+        return now + timedelta(seconds=float(found[1])) if found else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def _addresses(host: Host, name: str) -> tuple[str, ...]:

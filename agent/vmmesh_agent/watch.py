@@ -26,7 +26,7 @@ _START = timedelta(seconds=60)  # what a start may take before its silence means
 _GRACE = timedelta(seconds=20)  # after a start, before ports, certificate and capture are missed
 
 # What a failed sidecar brings with it: no news beside the cause.
-_CONSEQUENCES = frozenset({"envoy_silent", "iptables_failed", "renewal_overdue"})
+_CONSEQUENCES = frozenset({"agent_silent", "envoy_silent", "iptables_failed", "renewal_overdue"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,11 @@ class Watch:
             self.log_events += self._diagnosis.raised - raised
         self._has_looked = True
         self._note_start(unit, now)
-        seen = signals.gather(self._host, known.istiod)
+        seen = signals.gather(self._host, known.istiod, now)
         return Observation(
             self._combined(self._health(unit, seen, now), unit, seen, known, now),
             unit,
-            seen.certificate.not_after if seen.certificate else None,
+            seen.certificate_not_after,
             seen.unseen,
         )
 
@@ -258,9 +258,7 @@ def describe(
         unit=observation.unit,
         updated_at=moment,
         known=known,
-        certificate_not_after=before.certificate_not_after
-        if before and observation.unseen
-        else observation.certificate_not_after,
+        certificate_not_after=observation.certificate_not_after,
         unseen=observation.unseen,
         by_daemon=by_daemon,
     )
