@@ -12,6 +12,7 @@ _AGENT = _REPOSITORY / "agent/vmmesh_agent"
 _TROUBLESHOOTING = (_REPOSITORY / "docs/troubleshooting.md").read_text()
 
 # Calls whose first argument is the code of an error.
+_CODE = re.compile(r"[a-z]+(-[a-z]+)*")
 _RAISERS = {"refuse", "Problem", "_RefusedError", "_unreadable"}
 
 
@@ -25,12 +26,8 @@ def _error_codes() -> set[str]:
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             arguments = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
             arguments += node.args[:1] if name in _RAISERS else []
-            codes |= {
-                leaf.value
-                for argument in arguments
-                for leaf in ast.walk(argument)
-                if isinstance(leaf, ast.Constant) and re.fullmatch(r"[a-z]+(-[a-z]+)*", str(leaf.value))
-            }
+            leaves = [leaf for argument in arguments for leaf in ast.walk(argument) if isinstance(leaf, ast.Constant)]
+            codes |= {leaf.value for leaf in leaves if isinstance(leaf.value, str) and _CODE.fullmatch(leaf.value)}
     return codes - {"code"}  # the argument itself, handed on
 
 

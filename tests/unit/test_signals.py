@@ -37,7 +37,7 @@ EXPECTED = Expected(ISTIOD, ("192.0.2.1",), timedelta(seconds=1))
 
 def changed(**changes: object) -> Signals:
     fields = {name: getattr(SOUND, name) for name in SOUND.__slots__}
-    return Signals(**(fields | changes))  # type: ignore[arg-type]  # the names are those of the fields
+    return Signals(**(fields | changes))
 
 
 def codes(signals: Signals, expected: Expected = EXPECTED, *, is_running: bool = True) -> dict[str, Severity]:
