@@ -21,6 +21,7 @@ LOGS = {
 }
 _TAIL = 8 * 1024**2  # bytes of an existing log that are read back to find the run's start
 _CURSOR = "-- cursor: "
+_SILENCE = timedelta(seconds=30)  # of systemd's, before it is said
 _LOOP = timedelta(seconds=30)  # between two ends of a crash loop: RestartSec=10, and what a start takes
 _START = timedelta(seconds=60)  # what a start may take before its silence means something
 _GRACE = timedelta(seconds=20)  # after a start, before ports, certificate and capture are missed
@@ -61,6 +62,7 @@ class Watch:
         self._running_since = datetime.min.replace(tzinfo=UTC)
         self._seen: dict[str, datetime] = {}
         self._loop: tuple[datetime, Health] | None = None
+        self._judged: tuple[datetime, Health] | None = None
         self._has_looked = False
         self.log_events: Counter[str] = Counter()  # messages by the cause that they name, since the first look
 
@@ -92,8 +94,11 @@ class Watch:
         self._has_looked = True
         self._note_start(unit, now)
         seen = signals.gather(self._host, known.istiod, now)
+        health = self._combined(self._health(unit, seen, now), unit, seen, known, now)
+        if unit.active != "unknown":
+            self._judged = (now, health)
         return Observation(
-            self._combined(self._health(unit, seen, now), unit, seen, known, now),
+            health,
             unit,
             seen.certificate_not_after,
             seen.unseen,
@@ -107,8 +112,9 @@ class Watch:
         """Judge by unit and logs; the unit says which run the logs may speak of."""
         logs = self._diagnosis.health(now)
         match unit.active, unit.sub:
-            case "unknown", _:
-                return Health(State.UNKNOWN, "none", (_NO_SYSTEMD,))
+            case "unknown", _:  # while it reads its units anew it answers nobody for some seconds
+                lately = self._judged and now - self._judged[0] < _SILENCE
+                return self._judged[1] if self._judged and lately else Health(State.UNKNOWN, "none", (_NO_SYSTEMD,))
             case _ if not unit.is_loaded:
                 return Health(State.NOT_JOINED)
             case "inactive", _:
