@@ -30,6 +30,7 @@ STATUS_PORT = 15020  # pilot-agent's: probes, and the metrics of both
 _METRICS_LIMIT = 8 * 1024**2  # bytes; Envoy's part may have megabytes
 _CERT_EXPIRY = re.compile(rb'^istio_agent_cert_expiry_seconds\{resource_name="default"\} ([0-9.e+]+)$', re.MULTILINE)
 READY_PORT = 15021  # Envoy's own listener: answers as long as Envoy does, whatever it says
+_LEGACY_TABLES = PurePosixPath("/proc/net/ip_tables_names")
 _CHAIN = "ISTIO_OUTPUT"  # the chain of the nat table that is there whenever traffic is captured
 _SECONDS = 2.0  # for a look that asks the network
 _LOCAL_SECONDS = 1.0  # for one that does not leave the machine
@@ -288,18 +289,29 @@ def _addresses(host: Host, name: str) -> tuple[str, ...]:
 
 
 def _is_captured(host: Host) -> bool | None:
-    """Does the nat table lead outgoing traffic to the sidecar? An emptied chain leads nowhere."""
-    jumps = _rules(host, "OUTPUT")
-    redirects = _rules(host, _CHAIN)
+    """Does a nat table lead outgoing traffic to the sidecar? An emptied chain leads nowhere.
+
+    pilot-agent chooses between the two backends of iptables by itself, so the machine's default is not the last word.
+    The legacy one is asked only where it has a nat table: merely asking would make one.
+    """
+    captured = _captures(host, "iptables")
+    if captured or b"nat" not in (_read(host, _LEGACY_TABLES) or b"").split():
+        return captured
+    return _captures(host, "iptables-legacy")
+
+
+def _captures(host: Host, program: str) -> bool | None:
+    jumps = _rules(host, program, "OUTPUT")
+    redirects = _rules(host, program, _CHAIN) if jumps else jumps
     if jumps is None or redirects is None:
         return None
     return f"-j {_CHAIN}" in jumps and "-A " in redirects
 
 
-def _rules(host: Host, chain: str) -> str | None:
+def _rules(host: Host, program: str, chain: str) -> str | None:
     """Return a chain's rules as text, empty where there is no such chain, None where iptables does not say."""
     try:
-        done = host.run(["iptables", "--wait", "2", "--table", "nat", "--list-rules", chain], timeout=5, check=False)
+        done = host.run([program, "--wait", "2", "--table", "nat", "--list-rules", chain], timeout=5, check=False)
     except AgentError:
         return None
     if done.status == 0:

@@ -16,6 +16,7 @@ from lab.network import Network
 from lab.run import Run
 from lab.services import Endpoint, Istiod
 from standins.packages import Packages, build, build_fixture_rpms
+from system.joining import Mesh, join, running_mesh
 
 _HERE = Path(__file__).parent
 
@@ -81,3 +82,18 @@ def endpoint(cluster: Cluster, packages: Packages, network: Network, run: Run) -
     files = cluster.bundle()
     with Endpoint(files, [packages.rpm, packages.deb], network=network, run=run) as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="module")
+def mesh(packages: Packages, network: Network, run: Run) -> Iterator[Mesh]:
+    """A cluster with its stand-in istiod and its endpoint, for all tests of a module."""
+    with running_mesh(packages, network=network, run=run) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def joined(shared_machine: Machine, mesh: Mesh) -> Machine:
+    """A healthy member of `mesh`; each test mends what it broke."""
+    mesh.endpoint.invite(shared_machine)
+    join(shared_machine)
+    return shared_machine

@@ -16,26 +16,11 @@ from lab.machine import Machine, difference
 from lab.network import CLUSTER_IPV4, Network
 from lab.run import Run
 from lab.services import ISTIOD_PORT, Service
-from standins.packages import Packages
-from system.joining import ROOT_CERT, TOKEN, Mesh, configure, join, requests, running_mesh
+from system.joining import ROOT_CERT, TOKEN, Mesh, configure, join, requests
 
 READERS = ["*/rpmdb.sqlite-shm"]  # the index that rpm's readers share
 
 Rows = dict[str, dict[str, str]]
-
-
-@pytest.fixture(scope="module")
-def mesh(packages: Packages, network: Network, run: Run) -> Iterator[Mesh]:
-    with running_mesh(packages, network=network, run=run) as mesh:
-        yield mesh
-
-
-@pytest.fixture(scope="module")
-def joined(shared_machine: Machine, mesh: Mesh) -> Machine:
-    """A healthy member of the mesh; each test mends what it broke."""
-    mesh.endpoint.invite(shared_machine)
-    join(shared_machine)
-    return shared_machine
 
 
 def examine(machine: Machine, *, user: str = "root") -> Rows:

@@ -12,8 +12,7 @@ from lab.cluster import Files as BundleFiles
 from lab.machine import Machine
 from lab.network import CLUSTER_IPV4, Network
 from lab.run import Run
-from standins.packages import Packages
-from system.joining import PLACED, Mesh, configure, join, run_of_sidecar, running_mesh
+from system.joining import PLACED, Mesh, configure, join, run_of_sidecar
 from system.web import Files, pin
 
 Form = Callable[[BundleFiles, Path], bytes]
@@ -34,20 +33,6 @@ FORMS: dict[str, Form] = {
     "tar.gz by tar itself": _packed_by_tar,
     "Secret": lambda files, _: as_secret(files),
 }
-
-
-@pytest.fixture(scope="module")
-def mesh(packages: Packages, network: Network, run: Run) -> Iterator[Mesh]:
-    with running_mesh(packages, network=network, run=run) as mesh:
-        yield mesh
-
-
-@pytest.fixture(scope="module")
-def joined(shared_machine: Machine, mesh: Mesh) -> Machine:
-    """Joined by the endpoint, whose answer is the first form."""
-    mesh.endpoint.invite(shared_machine)
-    join(shared_machine)
-    return shared_machine
 
 
 @pytest.fixture(scope="module")

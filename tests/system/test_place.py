@@ -12,7 +12,6 @@ from lab.cluster import write_directory
 from lab.machine import LEFT_OUT, Machine, difference
 from lab.network import CLUSTER_IPV4, Network
 from lab.run import Run
-from standins.packages import Packages
 from system.joining import (
     NOISE,
     TOKEN,
@@ -23,25 +22,11 @@ from system.joining import (
     join,
     requests,
     run_of_sidecar,
-    running_mesh,
     status,
     unit,
 )
 
 BLOCK = f"# BEGIN vmmesh-agent\n{CLUSTER_IPV4} istiod.istio-system.svc\n# END vmmesh-agent\n".encode()
-
-
-@pytest.fixture(scope="module")
-def mesh(packages: Packages, network: Network, run: Run) -> Iterator[Mesh]:
-    with running_mesh(packages, network=network, run=run) as mesh:
-        yield mesh
-
-
-@pytest.fixture(scope="module")
-def joined(shared_machine: Machine, mesh: Mesh) -> Machine:
-    mesh.endpoint.invite(shared_machine)
-    join(shared_machine)
-    return shared_machine
 
 
 # --- the dry run, before anything is there ---

@@ -5,16 +5,14 @@ import random
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 import pytest
 
 from lab.cluster import Files as BundleFiles
 from lab.machine import Machine, difference
-from lab.network import CLUSTER_IPV4, CLUSTER_IPV6, Network
-from lab.run import Run
-from standins.packages import Packages
+from lab.network import CLUSTER_IPV4, CLUSTER_IPV6
 from system.joining import (
     CLUSTER_ENV,
     MESH_YAML,
@@ -25,7 +23,6 @@ from system.joining import (
     join,
     requests,
     run_of_sidecar,
-    running_mesh,
     status,
     unit,
 )
@@ -33,19 +30,6 @@ from system.joining import (
 # What lives on while the sidecar runs, and the record of each run of the agent.
 LIVELY = [*NOISE, "/var/log/*", "/run/vmmesh-agent/status.json", "/run/vmmesh-agent/lock"]
 BLOCK = re.compile(rb"# BEGIN vmmesh-agent\n(.*)# END vmmesh-agent\n", re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def mesh(packages: Packages, network: Network, run: Run) -> Iterator[Mesh]:
-    with running_mesh(packages, network=network, run=run) as mesh:
-        yield mesh
-
-
-@pytest.fixture(scope="module")
-def joined(shared_machine: Machine, mesh: Mesh) -> Machine:
-    mesh.endpoint.invite(shared_machine)
-    join(shared_machine)
-    return shared_machine
 
 
 def test_a_second_run_changes_nothing(joined: Machine, mesh: Mesh) -> None:
