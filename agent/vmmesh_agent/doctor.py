@@ -32,7 +32,7 @@ from vmmesh_agent.watch import Watch
 
 SCHEMA = "vmmesh.doctor/v1"
 
-_SECONDS = 4.0  # for each look
+_SECONDS = 6.0  # for each look
 _RESTORE = "vmmesh-agent-restore.service"
 _ENVOY = PurePosixPath("/usr/local/bin/envoy")
 _RESOLV_CONF = "/etc/resolv.conf"

@@ -259,7 +259,7 @@ def _client(request: Mapping[str, Any], context: ssl.SSLContext) -> httpx.Client
 
 def _timeouts(seconds: float) -> httpx.Timeout:
     """Give the connection less than the attempt, so that an address where nobody answers is told as such."""
-    return httpx.Timeout(min(seconds, 30.0), connect=min(seconds / 2, 10.0))
+    return httpx.Timeout(min(seconds, 30.0), connect=min(seconds * 0.8, 10.0))
 
 
 def _redirected(client: httpx.Client, response: httpx.Response) -> httpx.Response:

@@ -36,6 +36,7 @@ LEFT_OUT = {
     "/run/systemd": "systemd's run-time state; what matters of it, `systemctl show` says",
     "/run/credentials": "systemd's, mounted for a moment for each service",
     "/run/crond.*": "the process number of cron",
+    "/run/agetty.reload": "the log-in prompt's, made whenever an address changes",
     "/run/udev": "the device manager's run-time state",
     "/run/dbus": "sockets",
     "/run/log": "the journal",

@@ -77,7 +77,8 @@ def give(trial: Trial, file: Path, name: str = "") -> str:
 
 
 def _but_for_resolvers(changes: list[str]) -> list[str]:
-    return [change for change in changes if not change.startswith(RESOLVERS_OWN)]
+    """Leave out what dnf and apt keep for themselves, the bytecode of dnf's own modules among it."""
+    return [change for change in changes if not change.startswith(RESOLVERS_OWN) and "/__pycache__/" not in change]
 
 
 # --- what the package is ------------------------------------------------------
