@@ -4,7 +4,7 @@ A condition is something that is wrong and that somebody can act on. Absence mea
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
 
@@ -62,10 +62,6 @@ class Condition:
     remedy: str = ""
     evidence: str = ""
     since: datetime | None = None
-
-    def starting(self, moment: datetime) -> "Condition":
-        """Return the condition with `since` filled in where it was unknown."""
-        return self if self.since else replace(self, since=moment)
 
 
 @dataclass(frozen=True, slots=True)
