@@ -209,6 +209,10 @@ class FakeManager:
         self.installations.append(path)
         self._set(self.inspect(path).version)
 
+    def remove(self, name: str) -> None:
+        assert self.installed(name)
+        self._installed = None
+
 
 def _numbers(version: str) -> list[int]:
     return [int(number) for number in version.replace("-", ".").split(".")]
@@ -265,6 +269,12 @@ class FakeMachine(Host):
             raise HostError(f"`{' '.join(argv)}` failed with status {status}", code="command-failed", retry=True)
         return Completed(tuple(argv), status, output, "")
 
+    def run_on(
+        self, argv: Sequence[str], *, log: PurePosixPath, timeout: float, environment: Mapping[str, str] | None = None
+    ) -> Completed:
+        assert self.status(log.parent)
+        return self.run(argv, timeout=timeout, check=False, environment=environment)
+
     def reboot(self) -> None:
         """Start anew: /run is empty, and istio.service starts where it is enabled."""
         for path in sorted((self.root / "run").rglob("*"), reverse=True):
@@ -300,11 +310,17 @@ class FakeMachine(Host):
                 return (0, "enabled\n") if self.enabled else (1, "disabled\n")
             case ["systemctl", "daemon-reload"]:
                 return 0, ""
-            case ["systemctl", "enable" | "start" | "stop" as verb, *_]:
+            case ["systemctl", "start" | "stop", "--no-block", "vmmesh-ready.target"]:
+                return 0, ""
+            case ["systemctl", "enable" | "disable" | "start" | "stop" as verb, *_]:
                 return self._changed(argv[:2], self._do, verb)
+            case ["dpkg", "--purge", "istio-sidecar"]:
+                return self._changed(argv[:2], self._remove, "")
+            case ["userdel", "istio-proxy"]:
+                return self._changed(argv[:2], self._remove_user, "istio-proxy")
             case ["journalctl", *_]:
                 return 0, "-- cursor: s=1\n"
-            case ["getent" | "iptables" | "timedatectl", *_]:
+            case ["getent" | "iptables" | "timedatectl" | "ss", *_]:
                 return 2, ""
         raise AssertionError(f"the fake machine does not know {argv}")
 
@@ -328,9 +344,18 @@ class FakeMachine(Host):
         (tree / "lib/systemd/system").mkdir(parents=True, exist_ok=True)
         (tree / "lib/systemd/system/istio.service").touch()
 
+    def _remove(self, _: str) -> None:
+        self.version = ""
+        (self.root / "lib/systemd/system/istio.service").unlink()
+
+    def _remove_user(self, name: str) -> None:
+        passwd = self.root / "etc/passwd"
+        kept = [line for line in passwd.read_text().splitlines(keepends=True) if not line.startswith(f"{name}:")]
+        passwd.write_text("".join(kept))
+
     def _do(self, verb: str) -> None:
-        if verb == "enable":
-            self.enabled = True
+        if verb in {"enable", "disable"}:
+            self.enabled = verb == "enable"
         elif verb == "stop":
             self.active = "inactive"
         else:

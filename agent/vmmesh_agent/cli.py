@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, NoReturn
 from vmmesh_agent import __version__
 from vmmesh_agent.errors import AgentError, UsageError
 from vmmesh_agent.health import State
-from vmmesh_agent.host import Host
+from vmmesh_agent.host import Host, meaning_of
 
 if TYPE_CHECKING:
     from vmmesh_agent.bundle import Bundle
     from vmmesh_agent.config import Config
-    from vmmesh_agent.reconcile import World
     from vmmesh_agent.report import Report
     from vmmesh_agent.verify import VerifiedBundle
+    from vmmesh_agent.world import World
 
 _DEFAULT_TIMEOUT = 300.0
 _LOCK_SECONDS = 10.0  # the daemon has the lock only while it changes something
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # what no step could foresee: no descriptor left to load a module with, say
+        _complain(meaning_of(error, PurePosixPath(error.filename or "this machine")))
+        return 1
 
 
 def _end(_signal: int, _frame: object) -> NoReturn:
@@ -60,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmmesh_agent import log, notify
     from vmmesh_agent.daemon import Daemon
 
-    host = Host(options.root)
+    host = Host(options.root, beat=notify.alive)
     logger = log.logger()
     daemon = Daemon(host, _config(options, host), logger)
 
@@ -79,10 +82,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _bootstrap(options: argparse.Namespace) -> int:
-    from vmmesh_agent import report
-    from vmmesh_agent.reconcile import LOCK, World, reconcile, settle
+    from vmmesh_agent import report, trial
+    from vmmesh_agent.reconcile import reconcile, settle
     from vmmesh_agent.report import Known
     from vmmesh_agent.watch import Watch, describe
+    from vmmesh_agent.world import LOCK, World
 
     host = Host(options.root)
     world = World(host, _config(options, host), _Terminal(), patience=options.timeout)
@@ -94,22 +98,25 @@ def _bootstrap(options: argparse.Namespace) -> int:
         trouble: AgentError | None = None
         joined = None
         try:
-            joined = reconcile(world, watch)
+            joined = reconcile(world, watch, again=options.again)
             if host.is_running:
-                settle(world, watch, joined.known)
+                health = settle(world, watch, joined.known)
+                if trial.conclude(world, watch, health, is_time_up=True):
+                    trial.conclude(world, watch, settle(world, watch, joined.known), is_time_up=True)
         except AgentError as error:
             trouble = error
         before = report.load(host)
         known = joined.known if joined else before.known if before else Known()
         current = describe(
-            watch.observe(world.now(), known),
+            watch.observe(_now(), known),
             known=known,
             before=before,
+            also=trial.standing(host),
             trouble=trouble,
-            moment=world.now(),
+            moment=_now(),
             by_daemon=False,
         )
-        if not _is_fresh(before, world.now()):  # the daemon's record, where there is one, is the daemon's to write
+        if not _is_fresh(before, _now()):  # the daemon's record, where there is one, is the daemon's to write
             report.save(host, current)
     if trouble:
         raise trouble
@@ -167,12 +174,35 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _restore(options: argparse.Namespace) -> int:
-    from vmmesh_agent.reconcile import LOCK, restore
+    from vmmesh_agent.reconcile import restore
+    from vmmesh_agent.world import LOCK
 
     host = Host(options.root)
     host.require_root("restoring the files")
+    try:
+        with host.lock(LOCK):
+            restore(host, _Terminal(), _now())
+    except AgentError as error:
+        if error.code != "locked":
+            raise
+        # It runs before each start of the sidecar, those of `bootstrap` and of the daemon too: they wait for it.
+        print(f"vmmesh-agent: {error.message}, and sees to the files itself", file=sys.stderr)
+    return 0
+
+
+def _leave(options: argparse.Namespace) -> int:
+    from vmmesh_agent import report
+    from vmmesh_agent.leave import leave, retire_daemon
+    from vmmesh_agent.world import LOCK
+
+    host, progress = Host(options.root), _Terminal()
+    host.require_root("leaving the mesh")
+    retire_daemon(host, progress)
     with host.lock(LOCK, _LOCK_SECONDS):
-        restore(host, _Terminal(), _now())
+        leave(host, progress, purge=options.purge)
+        if not options.purge:
+            host.remove(report.FILE)
+    print("\nThis VM has left the mesh. `systemctl enable --now vmmesh-agent` joins it again.")
     return 0
 
 
@@ -558,6 +588,7 @@ def _parser() -> argparse.ArgumentParser:
     bootstrap = command("bootstrap", _bootstrap, "join the mesh once, in the foreground")
     bootstrap.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
     bootstrap.add_argument("--timeout", type=_seconds, default=_DEFAULT_TIMEOUT, metavar="S", help="(default: 300)")
+    bootstrap.add_argument("--again", action="store_true", help="try a bundle again that was given up")
     verify = command("verify", _verify, "judge a bundle without touching the machine")
     verify.add_argument("--output", choices=["human", "json"], default="human")
     verify.add_argument("--write", type=Path, metavar="DIR", help="put the files into this new folder")
@@ -581,6 +612,8 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--tarfile", type=Path, metavar="FILE", help="a new file (default: here, by host and time)")
     doctor = command("doctor", _doctor, "check this machine, its endpoint and its sidecar; changes nothing")
     doctor.add_argument("--output", choices=["human", "json"], default="human")
+    leave = command("leave", _leave, "take this VM out of the mesh, and leave it as it was found")
+    leave.add_argument("--purge", action="store_true", help="the package that the agent installed, and its state, too")
     command("check-config", _check_config, "validate the configuration and print what is in force")
     return parser
 

@@ -10,7 +10,7 @@ What changes how the sidecar is started belongs into sidecar.env, the machine's 
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from vmmesh_agent.text import shown
 
@@ -51,6 +51,7 @@ _REFUSED_PREFIXES = tuple(
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DNS_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,251}[a-z0-9])?")
 _PORTS = re.compile(r"[0-9]{1,5}(,[0-9]{1,5})*")
+_EXCLUDED = "ISTIO_LOCAL_EXCLUDE_PORTS"
 
 
 class ClusterEnvError(ValueError):
@@ -77,6 +78,16 @@ def parse(text: str) -> tuple[dict[str, str], list[str]]:
 def render(variables: Mapping[str, str]) -> str:
     """Write the variables as istioctl does: sorted, each value in single quotes, a newline at the end."""
     return "".join(f"{name}={_quote(value)}\n" for name, value in sorted(variables.items()))
+
+
+def excluding_inbound(variables: Mapping[str, str], ports: Iterable[int]) -> dict[str, str]:
+    """Return the variables with these ports among those whose incoming connections are not captured.
+
+    1.12 and later take the SSH port from this variable alone: a cluster.env without it locks everybody out.
+    """
+    excluded = [port for port in variables.get(_EXCLUDED, "").split(",") if port]
+    more = [str(port) for port in ports if str(port) not in excluded]
+    return {**variables, _EXCLUDED: ",".join([*excluded, *more])}
 
 
 def _quote(value: str) -> str:
@@ -177,7 +188,7 @@ _VALUES: dict[str, tuple[str, Callable[[str], bool]]] = {
     # TPROXY runs the whole sidecar as root.
     "ISTIO_INBOUND_INTERCEPTION_MODE": ("REDIRECT or NONE", lambda value: value in {"", "NONE", "REDIRECT"}),
     "ISTIO_INBOUND_PORTS": ("'*' or ports joined with commas", _star_or(_are_ports)),
-    "ISTIO_LOCAL_EXCLUDE_PORTS": ("ports joined with commas", _empty_or(_are_ports)),
+    _EXCLUDED: ("ports joined with commas", _empty_or(_are_ports)),
     "ISTIO_LOCAL_OUTBOUND_PORTS_EXCLUDE": ("ports joined with commas", _empty_or(_are_ports)),
     "ISTIO_META_DNS_CAPTURE": ("true or false", _empty_or(_is_truth)),
     "ISTIO_NAMESPACE": ("a namespace name", _is_label),

@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -70,6 +71,28 @@ class Metrics:
     textfile: PurePosixPath | None = None
 
 
+class FirstJoin(StrEnum):
+    """What becomes of a first join that does not come to be healthy in time."""
+
+    UNDO = "undo"  # the machine is left as it was found
+    KEEP = "keep"  # all stays as it is, to be looked at
+
+
+class Joined(StrEnum):
+    """What becomes of this VM's own traffic while the sidecar of a VM that was once healthy fails."""
+
+    CLOSED = "closed"  # captured, as ever: nothing leaves past the mesh
+    OPEN = "open"  # the sidecar is stopped, which ends the capture, and started again now and then
+
+
+@dataclass(frozen=True, slots=True)
+class OnFailure:
+    """What to do where the sidecar is not healthy within `healthy_within`."""
+
+    first_join: FirstJoin = FirstJoin.UNDO
+    joined: Joined = Joined.CLOSED
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """The configuration in force."""
@@ -78,6 +101,7 @@ class Config:
     workload_group: Workload | None = None
     sidecar: SidecarSettings = SidecarSettings()
     healthy_within: float = 180.0
+    on_failure: OnFailure = OnFailure()
     metrics: Metrics = Metrics()
 
 
@@ -177,6 +201,16 @@ def _truth(value: Any) -> bool:
     return value
 
 
+def _one_of(choices: type[StrEnum]) -> Callable[[Any], StrEnum]:
+    def check(value: Any) -> StrEnum:
+        try:
+            return choices(value)
+        except ValueError:
+            raise _WrongError(" or ".join(choices)) from None
+
+    return check
+
+
 def _seconds(low: float, high: float) -> Callable[[Any], float]:
     def check(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -203,6 +237,8 @@ SETTINGS: Mapping[str, Callable[[Any], Any]] = {
     "sidecar.sha256": _digest,
     "sidecar.allow_downgrade": _truth,
     "healthy_within": _seconds(5, 3600),
+    "on_failure.first_join": _one_of(FirstJoin),
+    "on_failure.joined": _one_of(Joined),
     "metrics.textfile": _textfile,
 }
 _SECTIONS = {key.rpartition(".")[0] for key in SETTINGS} | {"endpoint"}
@@ -309,6 +345,7 @@ def _config(settings: Mapping[str, Any]) -> Config:
         endpoint=Endpoint(**section("endpoint."), credential=credential),
         workload_group=Workload(**workload) if workload else None,
         sidecar=SidecarSettings(**section("sidecar.")),
+        on_failure=OnFailure(**section("on_failure.")),
         metrics=Metrics(**section("metrics.")),
         **{key: value for key, value in settings.items() if "." not in key},
     )

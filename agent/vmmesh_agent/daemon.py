@@ -5,101 +5,180 @@ record; the last good state stays in force and another attempt follows.
 """
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from pathlib import PurePosixPath
 
-from vmmesh_agent import notify, render, report
+from vmmesh_agent import clock as clocks
+from vmmesh_agent import config as configuration
+from vmmesh_agent import notify, render, report, trial
+from vmmesh_agent.clock import Clock
 from vmmesh_agent.config import Config
+from vmmesh_agent.drift import Drift
 from vmmesh_agent.errors import AgentError, ConfigurationError, FetchError
 from vmmesh_agent.events import Events
+from vmmesh_agent.health import Condition, Health, Severity, State
 from vmmesh_agent.host import ROOT, Host
 from vmmesh_agent.log import Logger
-from vmmesh_agent.reconcile import LOCK, Joined, Step, World, reconcile
+from vmmesh_agent.reconcile import Joined, reconcile
 from vmmesh_agent.render import Activity
 from vmmesh_agent.report import Known, Report
 from vmmesh_agent.signals import SKEW
-from vmmesh_agent.units import Units
+from vmmesh_agent.units import ISTIO, Units
 from vmmesh_agent.watch import Watch, describe
+from vmmesh_agent.world import LOCK, Step, World
 
 _ONE_DAEMON = PurePosixPath("/run/vmmesh-agent/daemon.lock")
 
 _OBSERVE_SECONDS = 2.0
+_DRIFT_SECONDS = 10.0
 _SAVE_SECONDS = 20.0  # well within report.FRESH_SECONDS
 _ATTEMPT_SECONDS = 60.0  # of fetching; then the loop looks how the sidecar is before it tries again
 _FIRST_WAIT, _LONGEST_WAIT = 10.0, 600.0  # between attempts that failed
 _LOOK_AT_CLOCK_SECONDS = 60.0  # until the next request, while ours and the endpoint's clock differ
 _REFRESH = (0.5, 0.7)  # of the token's life; where in between is chance, so that a fleet does not come at once
+_LATE_REFRESH = 0.2  # of what is left of it: where the endpoint has no newer token yet, it is asked now and then
+
+# What a new token, or the sidecar's start on it, may mend: worth an attempt before its time, now and then.
+_URGENT = frozenset({"cert_expired", "token_missing", "token_rejected", "root_cert_mismatch"})
+
+
+class _ReloadedError(Exception):
+    """Ends an attempt that waits for the network: another configuration is in force."""
 
 
 @dataclass
 class Daemon:
-    """One run of the daemon. `now` is the clock, `chance` gives numbers from 0 to 1."""
+    """One run of the daemon. `chance` gives numbers from 0 to 1."""
 
     host: Host
     config: Config
     log: Logger
-    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    clock: Clock = clocks.SYSTEM
     chance: Callable[[], float] = random.random
 
     joined: Joined | None = field(default=None, init=False)
     trouble: AgentError | None = field(default=None, init=False)
     failures: int = field(default=0, init=False)
     reported: Report | None = field(default=None, init=False)
+    seen: Health | None = field(default=None, init=False)  # of the sidecar alone
     activity: Activity = field(default_factory=Activity, init=False)
     metrics_trouble: str = field(default="", init=False)
     watch: Watch = field(init=False)
     events: Events = field(init=False)
-    looked: float = field(default=0.0, init=False)
-    is_hurried: bool = field(default=False, init=False)
+    drift: Drift = field(default_factory=Drift, init=False)
+    looked: float = field(default=float("-inf"), init=False)
+    is_hurried: bool = field(default=True, init=False)
+
+    _attempted: float = field(default=0.0, init=False)
+    _next_attempt: float = field(default=0.0, init=False)
+    _refresh_at: datetime | None = field(default=None, init=False)
+    _trial_since: float | None = field(default=None, init=False)
+    _out_since: float | None = field(default=None, init=False)
+    _opened: Condition | None = field(default=None, init=False)
+    _compared: float = field(default=0.0, init=False)
 
     def reload(self, config: Config) -> None:
         """Take over another configuration, and try at once what it says; for a signal handler, so it only notes."""
         self.config = config
+        self.failures = 0
         self.is_hurried = True
 
     def run(self) -> None:
         """Work until the process is told to end; only an exception leaves the loop."""
         self.host.require_root("the daemon")
         with self.host.lock(_ONE_DAEMON):
-            self.reported = report.load(self.host)
-            known = (self.reported.unit.invocation, self.reported.health) if self.reported else None
-            self.watch = Watch(self.host, Units(self.host), known=known)
-            self.events = Events(self.host, Units(self.host), self.log)
+            self.begin()
             notify.ready("at work")
-            next_attempt = time.monotonic()
             while True:
-                if self.is_hurried or time.monotonic() >= next_attempt:
-                    self.is_hurried = False
-                    next_attempt = time.monotonic() + self._attempt()
-                self.look()
-                time.sleep(_OBSERVE_SECONDS)
+                self.turn()
+                self._rest()
 
-    def _attempt(self) -> float:
-        """Reconcile once. Return for how many seconds to leave it at that."""
-        progress = _Logged(self)
-        world = World(self.host, self.config, progress, now=self.now, patience=_ATTEMPT_SECONDS)
+    def begin(self) -> None:
+        """Take up what was known when the last daemon ended."""
+        self.reported = report.load(self.host)
+        known = (self.reported.unit.invocation, self.reported.health) if self.reported else None
+        self.watch = Watch(self.host, Units(self.host), known=known)
+        self.events = Events(self.host, Units(self.host), self.log)
+
+    def turn(self) -> None:
+        """Do what is due."""
+        if self._is_due():
+            self.is_hurried = False
+            self._attempt()
+        self.look()
+        self._conclude()
+        self._open_where_wanted()
+        self._mend_drift()
+
+    def _rest(self) -> None:
+        """Wait a little, unless a signal said that there is something to do: sleeping itself goes on after one."""
+        deadline = self.clock.seconds() + _OBSERVE_SECONDS
+        while not self.is_hurried and self.clock.seconds() < deadline:
+            self.clock.sleep(_OBSERVE_SECONDS / 4)
+
+    # --- joining, and staying joined ---
+
+    def _is_due(self) -> bool:
+        """Is it time for an attempt? A clock that was set forward makes the token old at once."""
+        if self.is_hurried or self.clock.seconds() >= self._next_attempt:
+            return True
+        if self._refresh_at and self.clock.now() >= self._refresh_at:
+            return True
+        is_urgent = self.seen is not None and self.seen.cause in _URGENT
+        return is_urgent and self.clock.seconds() >= self._attempted + _LONGEST_WAIT
+
+    def _attempt(self) -> None:
+        """Reconcile once, and say when to do it again."""
+        self._attempted = self.clock.seconds()
         try:
             with self.host.lock(LOCK, _ATTEMPT_SECONDS):  # a person's `bootstrap` goes first
-                self.joined = reconcile(world, self.watch)
+                self.joined = reconcile(self._world(_ATTEMPT_SECONDS), self.watch)
         except ConfigurationError:
             raise
+        except _ReloadedError:
+            return
         except AgentError as error:
-            self.trouble = error
-            self.failures += 1
-            if isinstance(error, FetchError) and not error.retry:  # the others were counted at each retry
-                self.activity.fetch_failures[error.code] += 1
-            wait = self._back_off()
-            self.log.warning("attempt failed", code=error.code, message=error.message, next_attempt_seconds=round(wait))
-            return wait
-        self.trouble = None
+            self._note_failure(error)
+            self._note_trial(is_new=False)
+            return
+        self.tell(None)
         self.failures = 0
+        self._opened = None
         if self.joined.changed:
             self.log.info("changed", what=list(self.joined.changed))
-        return self._until_refresh(self.joined)
+        self._note_trial(is_new=any(ISTIO in change for change in self.joined.changed))
+        wait = self._until_refresh(self.joined)
+        self._next_attempt = self.clock.seconds() + wait
+        self._refresh_at = self.clock.now() + timedelta(seconds=wait)
+
+    def _world(self, patience: float | None = None) -> World:
+        return World(
+            self.host,
+            self.config,
+            _Logged(self),
+            clock=self.clock,
+            contested=self.drift.contested,
+            patience=patience,
+        )
+
+    def tell(self, trouble: AgentError | None) -> None:
+        """Note what keeps the agent from its work, or that nothing does; what is new is reported at the next look."""
+        if (trouble and trouble.code) != (self.trouble and self.trouble.code):
+            self.looked = float("-inf")
+        self.trouble = trouble
+
+    def _note_failure(self, error: AgentError) -> None:
+        self.tell(error)
+        self.failures += 1
+        if isinstance(error, FetchError) and not error.retry:  # the others were counted at each retry
+            self.activity.fetch_failures[error.code] += 1
+        wait = self._back_off()
+        self._next_attempt = self.clock.seconds() + wait
+        self._refresh_at = None
+        self.log.warning("attempt failed", code=error.code, message=error.message, next_attempt_seconds=round(wait))
 
     def _back_off(self) -> float:
         """Exponential with full jitter; a refusal is not hammered."""
@@ -109,29 +188,98 @@ class Daemon:
     def _until_refresh(self, joined: Joined) -> float:
         """Return the seconds until the token has used up half of its life and some more."""
         low, high = _REFRESH
-        now = self.now()
+        now = self.clock.now()
         begin = joined.bundle.token_issued_at or now
         life = (joined.bundle.token_expires_at - begin).total_seconds()
+        left = (joined.bundle.token_expires_at - now).total_seconds()
         share = low + (high - low) * self.chance()
         if joined.clock_offset is not None and abs(joined.clock_offset) > SKEW.total_seconds():
             return _LOOK_AT_CLOCK_SECONDS
-        return max(_FIRST_WAIT, (begin - now).total_seconds() + life * share)
+        return max(_FIRST_WAIT, (begin - now).total_seconds() + life * share, left * _LATE_REFRESH)
+
+    # --- what comes of it ---
+
+    def _note_trial(self, *, is_new: bool) -> None:
+        """Remember since when a generation is on trial."""
+        if not trial.is_open(self.host):
+            self._trial_since = None
+        elif is_new or self._trial_since is None:
+            self._trial_since = self.clock.seconds()
+
+    def _conclude(self) -> None:
+        """Keep a generation that proved good; go back from one that did not."""
+        if self._trial_since is None or self.seen is None:
+            return
+        is_time_up = self.clock.seconds() - self._trial_since >= self.config.healthy_within
+        if self.seen.state is not State.HEALTHY and not is_time_up:
+            return
+        try:
+            with self.host.lock(LOCK):
+                went_back = trial.conclude(self._world(), self.watch, self.seen, is_time_up=is_time_up)
+        except AgentError as error:
+            if error.code != "locked":  # somebody is at work who draws the conclusion himself
+                self._note_failure(error)
+                self._note_trial(is_new=False)
+            return
+        self.is_hurried = self.is_hurried or went_back
+        self._note_trial(is_new=went_back)
+
+    def _open_where_wanted(self) -> None:
+        """Stop a sidecar that fails for long, where traffic past the mesh is wanted more than none."""
+        if self.seen is None or self.seen.state is not State.FAILED or self._trial_since is not None:
+            self._out_since = None
+            return
+        self._out_since = self._out_since or self.clock.seconds()
+        is_long = self.clock.seconds() - self._out_since >= self.config.healthy_within
+        if self.config.on_failure.joined is not configuration.Joined.OPEN or not is_long:
+            return
+        self._opened = Condition(
+            "capture_opened",
+            Severity.FAILED,
+            f"The sidecar failed ({self.seen.cause}) and was stopped, so that this VM has its network; it is started"
+            f" again within {_LONGEST_WAIT / 60:.0f} min.",
+            "See why it failed: `vmmesh-agent logs`. (on_failure.joined: open)",
+        )
+        try:
+            with self.host.lock(LOCK):
+                Units(self.host).stop(ISTIO)
+        except AgentError as error:
+            self.log.warning("not stopped", unit=ISTIO, code=error.code, message=error.message)
+            return
+        self.log.warning("opened", unit=ISTIO, cause=self.seen.cause)
+        self._next_attempt = self.clock.seconds() + _LONGEST_WAIT
+        self._refresh_at = None
+
+    def _mend_drift(self) -> None:
+        if self.clock.seconds() - self._compared < _DRIFT_SECONDS:
+            return
+        self._compared = self.clock.seconds()
+        try:
+            with self.host.lock(LOCK):
+                for found in self.drift.mend(self._world(), self.watch):
+                    self.log.warning("put back", found=found)
+        except AgentError as error:
+            if error.code != "locked":  # whoever is at work changes these very files
+                self.log.warning("not put back", code=error.code, message=error.message)
 
     def look(self) -> None:
         """See how the sidecar is, also while an attempt waits for the network; not more often than is of use."""
-        if time.monotonic() - self.looked >= _OBSERVE_SECONDS * 0.9:
-            self.looked = time.monotonic()
+        if self.clock.seconds() - self.looked >= _OBSERVE_SECONDS * 0.9:
+            self.looked = self.clock.seconds()
             self._report()
 
     def _report(self) -> None:
         """Tell the status record and systemd; write only what is new, or old enough to look stale."""
-        moment = self.now()
+        moment = self.clock.now()
         before = self.reported
         known = self.joined.known if self.joined else before.known if before else Known()
+        observation = self.watch.observe(moment, known)
+        self.seen = observation.health
         current = describe(
-            self.watch.observe(moment, known),
+            observation,
             known=known,
             before=before,
+            also=[*trial.standing(self.host), *self.drift.conditions(), *([self._opened] if self._opened else [])],
             trouble=self.trouble,
             moment=moment,
             by_daemon=True,
@@ -177,15 +325,15 @@ class _Logged:
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
         notify.alive()
-        begin = time.monotonic()
+        begin = self._daemon.clock.seconds()
         step = _LoggedStep()
         yield step
-        self._daemon.activity.succeeded[name] = self._daemon.now()
-        self._log.info(name, detail=step.detail, seconds=round(time.monotonic() - begin, 2))
+        self._daemon.activity.succeeded[name] = self._daemon.clock.now()
+        self._log.info(name, detail=step.detail, seconds=round(self._daemon.clock.seconds() - begin, 2))
 
     def retrying(self, trouble: AgentError) -> None:
         notify.alive()
-        self._daemon.trouble = trouble
+        self._daemon.tell(trouble)
         self._daemon.activity.fetch_failures[trouble.code] += 1
         self._log.warning("retrying", code=trouble.code, message=trouble.message)
 
@@ -194,6 +342,8 @@ class _Logged:
 
     def waiting(self) -> None:
         self._daemon.look()
+        if self._daemon.is_hurried:
+            raise _ReloadedError
 
 
 class _LoggedStep:

@@ -33,7 +33,7 @@ from vmmesh_agent.watch import Watch
 SCHEMA = "vmmesh.doctor/v1"
 
 _SECONDS = 6.0  # for each look
-_RESTORE = "vmmesh-agent-restore.service"
+_DROP_IN = "istio.service.d/10-vmmesh-agent.conf"  # lets the files be put back before each start
 _ENVOY = PurePosixPath("/usr/local/bin/envoy")
 _RESOLV_CONF = "/etc/resolv.conf"
 _MIB = 1024**2
@@ -509,11 +509,11 @@ def _cloud_init(patient: Patient) -> Finding:
     if where is None:
         return _ok("nothing rewrites /etc/hosts")
     fix = f"Set manage_etc_hosts: false in {where}."
-    if patient.units.is_enabled(_RESTORE):
+    if patient.units.exists(_DROP_IN):
         return _warning(f"{where} lets it rewrite /etc/hosts at each boot; the agent puts its block back", fix)
     return _failed(
         f"{where} lets it rewrite /etc/hosts at each boot, and istiod's name with it",
-        f"{fix} Or let the agent put it back: systemctl enable {_RESTORE}",
+        f"{fix} Or let the agent put it back: install {_DROP_IN}, which its package brings.",
     )
 
 

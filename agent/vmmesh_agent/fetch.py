@@ -140,7 +140,8 @@ class Download:
     """A package on its way, while the caller does other things.
 
     The child writes a file that it shares with us. When it is done its bytes are copied, and the digest computed over
-    them on their way, into a file that no child ever had open: that one is installed.
+    them on their way, into a file that no child ever had open: that one is installed, and is kept for the case that the
+    join is undone and tried again.
     """
 
     def __init__(self, host: Host, config: Config, *, url: str, sha256: str, into: PurePosixPath) -> None:
@@ -172,6 +173,7 @@ class Download:
         _last_event(self._child, patience, on_retry, idle=lambda: on_progress(self._file.size))
         digest = self._copy()
         if digest != self._expected:
+            self._host.remove(self._into)
             raise FetchError(
                 f"the package has the digest {digest}, expected {self._expected}",
                 code="package-wrong-digest",
@@ -180,11 +182,10 @@ class Download:
         return self._into
 
     def discard(self) -> None:
-        """End the child and remove what it brought, whatever became of it: the package is installed, or of no use."""
+        """End the child and remove what it was writing, whatever became of it."""
         self._context.__exit__(None, None, None)
         self._file.close()
         self._host.remove(self._arriving)
-        self._host.remove(self._into)
 
     def _copy(self) -> str:
         """Copy what arrived and return its SHA-256."""

@@ -21,7 +21,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
@@ -30,6 +30,10 @@ from vmmesh_agent.errors import HostError, NotPermittedError
 
 _MAX_LINKS = 40  # as the kernel
 _OPEN_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CREATE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_TEMPORARY = ".vmmesh"  # how the names of files end that are not yet, or no longer, in their place
+_BEAT_SECONDS = 1.0
+_SYSTEMD = Path("/run/systemd/system")  # is there where systemd is PID 1: sd_booted(3)
 
 
 Child: TypeAlias = "subprocess.Popen[bytes]"
@@ -77,8 +81,10 @@ class Completed:
 class Host:
     """One machine, at `root` as seen from this process."""
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(self, root: Path = Path("/"), beat: Callable[[], None] = lambda: None) -> None:
+        """`beat` is called about once a second while something else is waited for."""
         self.root = root
+        self._beat = beat
 
     @property
     def is_running(self) -> bool:
@@ -227,23 +233,23 @@ class Host:
 
     def write(self, path: PurePosixPath, content: bytes, owner: Account, mode: int) -> None:
         """Put a file there whole: whoever looks sees the old content or the new one, also after a power cut."""
-        with _explained(path), self._parent(path) as (folder, name):
-            temporary = f".{name}.{secrets.token_hex(4)}.vmmesh"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(temporary, flags, 0o600, dir_fd=folder)
-            try:
-                with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor, not a path
-                    file.write(content)
-                    file.flush()
-                    _own(descriptor, owner)
-                    os.fchmod(descriptor, mode)
-                    os.fsync(descriptor)
-                os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=folder)
-                raise
-            _sync(folder)
+        with self.staged([NewContent(path, content, owner, mode)]) as staged:
+            staged.commit()
+
+    @contextlib.contextmanager
+    def staged(self, contents: Sequence["NewContent"]) -> Iterator["Staged"]:
+        """Write new content beside the files that it is for; nothing is in its place until `commit`."""
+        with Staged() as staged:
+            for each in contents:
+                with _explained(each.path), self._parent(each.path) as (folder, name):
+                    staged.add(each, os.dup(folder), name)
+            yield staged
+
+    def sweep(self, folder: PurePosixPath) -> None:
+        """Remove what a process left in the folder that was killed while it wrote there."""
+        for name in self.names_in(folder):
+            if name.startswith(".") and name.endswith(_TEMPORARY):
+                self.remove(folder / name)
 
     def make_folder(self, path: PurePosixPath, owner: Account, mode: int) -> None:
         """Make a folder, its parents too (those as root's, 0755), or give an existing one this owner and mode."""
@@ -271,12 +277,41 @@ class Host:
             finally:
                 os.close(descriptor)
 
+    def give(self, path: PurePosixPath, owner: Account) -> None:
+        """Give whatever is at the path (a link itself, not what it leads to) to this owner."""
+        with _explained(path), self._parent(path) as (folder, name):
+            os.chown(name, owner.uid, owner.gid, dir_fd=folder, follow_symlinks=False)
+
     def remove(self, path: PurePosixPath) -> None:
         """Remove a file; nothing happens where there is none."""
         gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)
         with _explained(path), gone, self._parent(path) as (folder, name):
             os.unlink(name, dir_fd=folder)
             _sync(folder)
+
+    def remove_folder(self, path: PurePosixPath) -> bool:
+        """Remove a folder if nothing is in it; say whether it is gone."""
+        try:
+            with _explained(path), self._parent(path) as (folder, name):
+                os.rmdir(name, dir_fd=folder)
+                _sync(folder)
+        except HostError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                return True
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in {errno.ENOTEMPTY, errno.EBUSY}:
+                return False
+            raise
+        return True
+
+    def walk(self, path: PurePosixPath) -> Iterator[tuple[PurePosixPath, Status]]:
+        """Yield what is at the path and below it, the deepest first; no link is followed, none is missed."""
+        found = self.status(path)
+        if found is None:
+            return
+        if found.is_directory:
+            for name in self.names_in(path):
+                yield from self.walk(path / name)
+        yield path, found
 
     def free_bytes(self, path: PurePosixPath) -> int:
         """Return the space that root may still use where the path is, or where it would be made."""
@@ -297,9 +332,8 @@ class Host:
     def create(self, path: PurePosixPath) -> "NewFile":
         """Make a new file of our own, replacing one that is there, for a child to write and us to read."""
         self.remove(path)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with _explained(path), self._parent(path) as (folder, name):
-            return NewFile(os.open(name, flags, 0o600, dir_fd=folder), path)
+            return NewFile(os.open(name, os.O_RDWR | _CREATE, 0o600, dir_fd=folder), path)
 
     @contextlib.contextmanager
     def _parent(self, path: PurePosixPath) -> Iterator[tuple[int, str]]:
@@ -383,7 +417,7 @@ class Host:
             raise HostError(f"{argv[0]} cannot be run: {error.strerror}", code=code) from None
         with child:
             try:
-                stdout, stderr = child.communicate(input, timeout)
+                stdout, stderr = self._communicate(child, input, timeout)
             except BaseException as error:
                 os.killpg(child.pid, signal.SIGKILL)
                 if isinstance(error, subprocess.TimeoutExpired):
@@ -405,17 +439,80 @@ class Host:
             )
         return completed
 
+    def _communicate(self, child: Child, sent: bytes, timeout: float) -> tuple[bytes, bytes]:
+        deadline = time.monotonic() + timeout
+        pending: bytes | None = sent
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return child.communicate(pending, max(0.0, min(_BEAT_SECONDS, left)))
+            except subprocess.TimeoutExpired:
+                if left <= 0:
+                    raise
+                pending = None  # it is on its way: communicate() goes on with it
+                self._beat()
+
+    def run_on(
+        self, argv: Sequence[str], *, log: PurePosixPath, timeout: float, environment: Mapping[str, str] | None = None
+    ) -> Completed:
+        """Run a command that must not be torn: it goes on when we end, whatever ends us. All it says is in `log`.
+
+        In a scope of its own, for systemd ends what is in a service's cgroup together with the service. Only
+        `timeout` seconds end it.
+        """
+        output = self.create(log)
+        scope = (
+            ["systemd-run", "--scope", "--quiet", "--collect", "--"] if self.is_running and _SYSTEMD.exists() else []
+        )
+        try:
+            with _explained(PurePosixPath(argv[0])):
+                child = subprocess.Popen(
+                    [*scope, *argv],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output.descriptor,
+                    stderr=output.descriptor,
+                    start_new_session=True,
+                    env={**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})},
+                )
+            deadline = time.monotonic() + timeout
+            while True:
+                try:
+                    status = child.wait(_BEAT_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    self._beat()
+                    if time.monotonic() >= deadline:
+                        os.killpg(child.pid, signal.SIGKILL)
+                        raise HostError(
+                            f"`{' '.join(argv)}` did not end within {timeout:.0f} s", code="command-timeout", retry=True
+                        ) from None
+            said = output.read_at(0).decode(errors="replace")
+        finally:
+            output.close()
+        return Completed(tuple(argv), status, said, "")
+
     def start(self, argv: Sequence[str], *, pass_descriptors: Sequence[int] = ()) -> Child:
         """Start a child in a session of its own, with pipes to its standard input, output and error."""
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd="/",
-            start_new_session=True,
-            pass_fds=pass_descriptors,
-        )
+        with _explained(PurePosixPath(argv[0])):
+            return subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                start_new_session=True,
+                pass_fds=pass_descriptors,
+            )
+
+    @staticmethod
+    @contextlib.contextmanager
+    def uninterrupted() -> Iterator[None]:
+        """Let SIGTERM and SIGINT wait for the end of the block, which must be short."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @contextlib.contextmanager
     def lock(self, path: PurePosixPath, patience: float = 0) -> Iterator[None]:
@@ -434,12 +531,104 @@ class Host:
                     raise HostError(
                         f"{holder} is at work on this machine", code="locked", hint="wait for it to end", retry=True
                     )
+                self._beat()
                 time.sleep(0.1)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"vmmesh-agent (process {os.getpid()})\n".encode(), 0)
             yield
         finally:
             os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class NewContent:
+    """What shall be in a file: content, owner and mode (permission bits)."""
+
+    path: PurePosixPath
+    content: bytes
+    owner: Account
+    mode: int
+
+
+@dataclass(frozen=True, slots=True)
+class _StagedFile:
+    path: PurePosixPath
+    folder: int
+    name: str
+    new: str  # the name that the new content has until it is in its place
+    old: str  # the second name that the old content has from then on
+
+    def keep_old(self) -> None:
+        """Give the old content its second name, from which it can be put back."""
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(self.name, dir_fd=self.folder, follow_symlinks=False).st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.name)
+            os.link(self.name, self.old, src_dir_fd=self.folder, dst_dir_fd=self.folder, follow_symlinks=False)
+
+    def put(self) -> None:
+        os.rename(self.new, self.name, src_dir_fd=self.folder, dst_dir_fd=self.folder)
+
+    def put_back(self) -> None:
+        try:
+            os.rename(self.old, self.name, src_dir_fd=self.folder, dst_dir_fd=self.folder)
+        except FileNotFoundError:  # there was none
+            os.unlink(self.name, dir_fd=self.folder)
+        _sync(self.folder)
+
+    def clean_up(self) -> None:
+        for name in (self.new, self.old):
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=self.folder)
+        os.close(self.folder)
+
+
+class Staged:
+    """New content of some files, whole and synced beside the old: what takes space is done, what is left is renames.
+
+    Whatever is not committed leaves no trace.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[_StagedFile] = []
+
+    def __enter__(self) -> "Staged":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.clean_up()
+
+    def add(self, content: NewContent, folder: int, name: str) -> None:
+        """Write the content under a name of its own; `folder` is ours from now on."""
+        suffix = f"{secrets.token_hex(4)}{_TEMPORARY}"
+        staged = _StagedFile(content.path, folder, name, new=f".{name}.new.{suffix}", old=f".{name}.old.{suffix}")
+        self._files.append(staged)
+        with open(os.open(staged.new, os.O_WRONLY | _CREATE, 0o600, dir_fd=folder), "wb") as file:  # noqa: PTH123
+            file.write(content.content)
+            file.flush()
+            _own(file.fileno(), content.owner)
+            os.fchmod(file.fileno(), content.mode)
+            os.fsync(file.fileno())
+
+    def commit(self) -> None:
+        """Put all of it in place. Where one file cannot be, the others get their old content back: no space is needed.
+
+        A power cut in between leaves some old and some new: that is for a journal to know.
+        """
+        done: list[_StagedFile] = []
+        with Host.uninterrupted():
+            for file in self._files:
+                try:
+                    if len(self._files) > 1:
+                        file.keep_old()
+                    file.put()
+                    done.append(file)
+                    _sync(file.folder)
+                except OSError as error:
+                    for each in reversed(done):
+                        with contextlib.suppress(OSError):  # the journal knows; the first reason is the one to tell
+                            each.put_back()
+                    raise meaning_of(error, file.path) from error
 
 
 class NewFile:
@@ -462,7 +651,7 @@ class NewFile:
             with open(self.descriptor, "ab", closefd=False) as file:  # a descriptor, not a path
                 file.write(data)
         except OSError as error:
-            raise _meaning_of(error, self._path) from error
+            raise meaning_of(error, self._path) from error
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -607,10 +796,11 @@ def _explained(path: PurePosixPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _meaning_of(error, path) from error
+        raise meaning_of(error, path) from error
 
 
-def _meaning_of(error: OSError, path: PurePosixPath) -> HostError | NotPermittedError:
+def meaning_of(error: OSError, path: PurePosixPath) -> HostError | NotPermittedError:
+    """Say what an error of the kernel means for what was done with `path`."""
     if isinstance(error, PermissionError):
         return NotPermittedError(f"{path}: {error.strerror}", code="permission-denied", hint="run it as root")
     code, meaning, hint = _MEANINGS.get(error.errno or 0, ("disk-error", error.strerror or str(error), ""))

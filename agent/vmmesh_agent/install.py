@@ -74,7 +74,13 @@ def plan(host: Host, config: Config, sidecar: Sidecar | None, managers: Sequence
 def destination(host: Host, source: Source) -> PurePosixPath:
     """Return where a package that comes from a URL is downloaded to."""
     host.make_folder(CACHE, ROOT, 0o700)
-    return CACHE / f"{NAME}-{source.sha256[:16]}.{source.manager.format}"
+    return _cached_path(source)
+
+
+def cached(host: Host, source: Source) -> PurePosixPath | None:
+    """Return the package where it was downloaded before and is still what was meant."""
+    path = _cached_path(source)
+    return path if host.status(path) and host.sha256(path) == source.sha256 else None
 
 
 def judge(host: Host, source: Source, path: PurePosixPath, settings: SidecarSettings) -> PackageFile:
@@ -117,6 +123,16 @@ def apply(host: Host, source: Source, path: PurePosixPath, package: PackageFile)
         record = json.dumps({"sha256": source.sha256, "version": package.version}).encode()
         host.make_folder(RECORD.parent, ROOT, 0o700)
         host.write(RECORD, record, ROOT, 0o600)
+
+
+def clear_cache(host: Host) -> None:
+    """Remove downloaded packages: what is installed works."""
+    for name in host.names_in(CACHE):
+        host.remove(CACHE / name)
+
+
+def _cached_path(source: Source) -> PurePosixPath:
+    return CACHE / f"{NAME}-{source.sha256[:16]}.{source.manager.format}"
 
 
 def _installed(host: Host, manager: PackageManager) -> str | None:

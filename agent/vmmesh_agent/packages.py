@@ -12,10 +12,11 @@ from pathlib import PurePosixPath
 from typing import Protocol
 
 from vmmesh_agent.errors import HostError, InstallError
-from vmmesh_agent.host import Completed, Host
+from vmmesh_agent.host import ROOT, Completed, Host
 
 OnWait = Callable[[str], None]
 
+LOG = PurePosixPath("/var/lib/vmmesh-agent/package-manager.log")  # what it said last
 LOCK_SECONDS = 600  # how long another user of the package manager is waited for
 _INSTALL_SECONDS = 1800
 _ANY_ARCH = {"all", "noarch"}
@@ -59,6 +60,9 @@ class PackageManager(Protocol):
 
     def install(self, path: PurePosixPath) -> None:
         """Install the file, or change to its version; the machine's edited config files stay."""
+
+    def remove(self, name: str) -> None:
+        """Remove an installed package, its config files too."""
 
 
 class Rpm:
@@ -106,11 +110,14 @@ class Rpm:
         trial = _patiently(self._host, [*upgrade, "--test", file], self._on_wait)
         if trial.status == 0:
             _succeed(_patiently(self._host, [*upgrade, file], self._on_wait))
-        elif "Failed dependencies" in trial.stderr and (resolver := self._resolver()):
+        elif "Failed dependencies" in trial.stdout and (resolver := self._resolver()):
             root = [] if self._host.is_running else [f"--installroot={self._host.root}"]
             _succeed(_patiently(self._host, [resolver, *root, "install", "-y", file], self._on_wait))
         else:
             _succeed(trial)
+
+    def remove(self, name: str) -> None:
+        _succeed(_patiently(self._host, ["rpm", *self._root, "--erase", name], self._on_wait))
 
     def _resolver(self) -> str | None:
         return next((program for program in ("dnf", "yum") if self._host.has_program(program)), None)
@@ -166,6 +173,9 @@ class Deb:
             self._apt_get(file)
         else:
             self._dpkg(file)
+
+    def remove(self, name: str) -> None:
+        _succeed(_patiently(self._host, ["dpkg", *self._root, "--purge", name], self._on_wait))
 
     def _apt_get(self, file: str) -> None:
         """apt-get needs no repository where nothing is missing; where something is, its lists may be old."""
@@ -224,11 +234,15 @@ _LOCKED = re.compile(r"Could not get lock|is locked by another process|transacti
 
 
 def _patiently(host: Host, argv: Sequence[str], on_wait: OnWait) -> Completed:
-    """Run an installation, again while somebody else holds the package manager's lock."""
+    """Run an installation or removal, again while somebody else holds the package manager's lock.
+
+    It is never torn: it ends by itself even where we are ended.
+    """
+    host.make_folder(LOG.parent, ROOT, 0o700)
     deadline = time.monotonic() + LOCK_SECONDS
     is_told = False
     while True:
-        done = host.run(argv, timeout=_INSTALL_SECONDS, check=False, environment={"DEBIAN_FRONTEND": "noninteractive"})
+        done = host.run_on(argv, log=LOG, timeout=_INSTALL_SECONDS, environment={"DEBIAN_FRONTEND": "noninteractive"})
         if done.status == 0 or not _LOCKED.search(done.stdout + done.stderr) or time.monotonic() >= deadline:
             return done
         if not is_told:

@@ -1,17 +1,20 @@
 """The table of files, and the putting of them.
 
-`plan` compares and changes nothing; `apply` makes the changes that were planned. A second plan after it is empty.
+`plan` compares and changes nothing; `staged` writes what is new beside what is there, and its `commit` puts all of it
+in place, or none of it. A second plan after it is empty.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import PurePosixPath
 
-from vmmesh_agent import hosts, x509
+from vmmesh_agent import clusterenv, hosts, ssh, x509
 from vmmesh_agent.errors import PlaceError
-from vmmesh_agent.host import ROOT, Account, Host
+from vmmesh_agent.host import ROOT, Account, Host, NewContent
+from vmmesh_agent.host import Staged as StagedFiles
 from vmmesh_agent.verify import VerifiedBundle
 
 USER = "istio-proxy"
@@ -34,6 +37,16 @@ FOLDERS = (
     PurePosixPath("/var/run/secrets/tokens"),
 )
 
+
+# What a change is → what somebody found who did not expect to have to make it.
+_FOUND = {
+    "new folder": "was gone",
+    "owner": "belonged to another user",
+    "new": "was gone",
+    "content": "had other content",
+    "owner or mode": "had another owner or mode",
+    "block": "had lost or altered the agent's lines",
+}
 
 _WRITTEN_BY_SIDECAR = {PurePosixPath("/etc/certs"), PurePosixPath("/etc/istio/proxy")}
 
@@ -74,6 +87,11 @@ class Change:
     restarts: bool
     is_secret: bool = False
 
+    @property
+    def found(self) -> str:
+        """What was found in place of what should be, as a sentence."""
+        return f"{self.path} {_FOUND[self.what]}"
+
     def diff(self) -> str:
         """Show the change as a unified diff, a secret masked; empty where only owner or mode change."""
         if self.content is None or self.before == self.content:
@@ -89,40 +107,81 @@ class Change:
         return "\n".join(difflib.unified_diff(before, after, f"a/{name}", f"b/{name}", lineterm=""))
 
 
-def plan(host: Host, bundle: VerifiedBundle, previous_root: bytes, moment: datetime) -> tuple[Change, ...]:
+def plan(
+    host: Host, bundle: VerifiedBundle, previous_root: bytes, moment: datetime, ssh_ports: Sequence[int] = ()
+) -> tuple[Change, ...]:
     """Compare the machine with the bundle.
 
     `previous_root` is the root certificate file of the bundle before this one, empty where there was none: it
-    tells roots that the cluster dropped from those that pilot-agent itself brought since.
+    tells roots that the cluster dropped from those that pilot-agent itself brought since. Connections to
+    `ssh_ports`, and to 22, are never captured, whatever the bundle says.
     """
     owner = host.account(USER)
+    variables = clusterenv.excluding_inbound(bundle.variables, [ssh.ALWAYS, *ssh_ports])
     contents = {
         "root-cert.pem": merged_roots(bundle.root_cert, previous_root, host.read(ROOT_CERT) or b"", moment),
         "istio-token": bundle.token.reveal().encode(),
-        "cluster.env": bundle.cluster_env,
+        "cluster.env": clusterenv.render(variables).encode(),
         "mesh.yaml": bundle.mesh,
     }
     folders = (_folder_change(host, path, owner) for path in FOLDERS)
     files = (_file_change(host, TABLE[name], content, owner) for name, content in contents.items())
+    if bundle.root_cert == previous_root:
+        # No news from the cluster: the sidecar runs on these roots, whatever became of the file since.
+        files = (replace(change, restarts=False) if change and change.path == ROOT_CERT else change for change in files)
     return tuple(change for change in (*folders, *files, _hosts_change(host, bundle.hosts)) if change)
 
 
-def apply(host: Host, changes: Iterable[Change]) -> None:
-    """Make the changes; each file is whole at every moment."""
+@contextmanager
+def staged(host: Host, changes: Sequence[Change]) -> Iterator["Staged"]:
+    """Make the folders, and write all new content beside the files that it is for: what can fail has not yet."""
     owner = host.account(USER)
     if owner is None:
         raise PlaceError(
             f"there is no user {USER}", code="user-missing", hint="the istio-sidecar package makes it: install that"
         )
-    done = []
+    for folder in (*FOLDERS, ETC_HOSTS.parent):
+        host.sweep(folder)  # what a process left there that was killed
     for change in changes:
-        account = owner if change.owner else _owner_of(host, change.path)
         if change.content is None:
-            host.make_folder(change.path, account, change.mode)
-        else:
-            host.write(change.path, change.content, account, change.mode)
-        done.append(change.path)
-    _restore_labels(host, done)
+            host.make_folder(change.path, owner, change.mode)
+    contents = [
+        NewContent(
+            change.path, change.content, owner if change.owner else _owner_of(host, change.path), change.mode
+        )
+        for change in changes
+        if change.content is not None
+    ]  # fmt: skip
+    with host.staged(contents) as files:
+        yield Staged(host, changes, files)
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Changes that are all on the disk, and not yet in place."""
+
+    _host: Host
+    _changes: Sequence[Change]
+    _files: StagedFiles
+
+    def commit(self) -> None:
+        """Put all of them in place; where one cannot be, the others get back what was there."""
+        self._files.commit()
+        _restore_labels(self._host, [change.path for change in self._changes])
+
+
+def apply(host: Host, changes: Sequence[Change]) -> None:
+    """Make the changes, all or none."""
+    with staged(host, changes) as ready:
+        ready.commit()
+
+
+def rewrite_hosts(host: Host, content: bytes) -> None:
+    """Put this into /etc/hosts, its owner and mode kept."""
+    found = host.status(ETC_HOSTS)
+    mode = found.mode if found else 0o644
+    host.write(ETC_HOSTS, content, _owner_of(host, ETC_HOSTS), mode)
+    _restore_labels(host, [ETC_HOSTS])
 
 
 def merged_roots(new: bytes, previous: bytes, current: bytes, moment: datetime) -> bytes:

@@ -3,79 +3,36 @@
 Each step compares first and says what it changed. Until the bundle is verified and the package is judged, nothing
 on the machine is touched; the sidecar is stopped only if something beneath it changes, and it is never running
 while cluster.env changes, for its start script undoes the traffic capture from that very file.
+
+What is begun is in the journal (`store`), and is finished by whoever comes next: `recover`.
 """
 
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Protocol
 
-from vmmesh_agent import install, place, store
+from vmmesh_agent import bundle as bundles
+from vmmesh_agent import found, install, place, signals, ssh, store
 from vmmesh_agent.bundle import Bundle, Sidecar
-from vmmesh_agent.config import Config
 from vmmesh_agent.errors import AgentError, InstallError
 from vmmesh_agent.fetch import Download, fetch
+from vmmesh_agent.found import Found
 from vmmesh_agent.health import Health, State
 from vmmesh_agent.host import Host
+from vmmesh_agent.leave import PLACED, undo
 from vmmesh_agent.packages import managers
 from vmmesh_agent.report import Known
-from vmmesh_agent.store import Stored
-from vmmesh_agent.units import ISTIO, Units
+from vmmesh_agent.store import Generation, Membership
+from vmmesh_agent.units import ISTIO
 from vmmesh_agent.verify import VerifiedBundle, verify
 from vmmesh_agent.watch import Watch
+from vmmesh_agent.world import Progress, Step, World
 
-LOCK = PurePosixPath("/run/vmmesh-agent/lock")  # whoever changes the machine holds it
+_NAMES = {place.ETC_HOSTS: bundles.HOSTS, **{entry.path: name for name, entry in place.TABLE.items()}}  # in a bundle
 _POLL_SECONDS = 0.25
 _LAST_WORD_SECONDS = {State.DEGRADED: 10.0, State.FAILED: 45.0}  # one that stays so long the same is the answer
-
-
-class Step(Protocol):
-    """One step on its way."""
-
-    def says(self, detail: str) -> None:
-        """What came of it, in a few words."""
-
-    def progress(self, done: int, total: int | None) -> None:
-        """How many bytes are through."""
-
-
-class Progress(Protocol):
-    """Whoever wants to see the steps: a terminal, the daemon's log."""
-
-    def step(self, name: str) -> AbstractContextManager[Step]:
-        """A step begins; it ends with the block."""
-
-    def retrying(self, trouble: AgentError) -> None:
-        """An attempt failed and another will follow."""
-
-    def note(self, text: str) -> None:
-        """Something worth knowing, nothing is wrong."""
-
-    def waiting(self) -> None:
-        """Called several times a second while a step waits for somebody else."""
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What the flow works on, passed in: the machine, the configuration, the clock, who looks on."""
-
-    host: Host
-    config: Config
-    progress: Progress
-    now: Callable[[], datetime] = lambda: datetime.now(UTC)
-    patience: float | None = None  # seconds for the whole; None: as long as it takes
-    began: float = field(default_factory=time.monotonic)
-
-    @property
-    def units(self) -> Units:
-        return Units(self.host)
-
-    def left(self) -> float | None:
-        """Return how many seconds of the patience are left."""
-        return None if self.patience is None else max(0.0, self.began + self.patience - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,34 +58,42 @@ class Joined:
         )
 
 
-def reconcile(world: World, watch: Watch) -> Joined:
-    """Bring the machine to what the cluster says and see that the sidecar runs; how it does is `watch`'s to say."""
+def reconcile(world: World, watch: Watch, *, again: bool = False) -> Joined:
+    """Bring the machine to what the cluster says and see that the sidecar runs; how it does is `watch`'s to say.
+
+    A generation that was given up is tried only `again`.
+    """
     world.host.require_root("joining the mesh")
+    recover(world, watch)
     with _Package(world) as package:
         if world.config.sidecar.package:
             package.choose(None)  # known already: its download goes on beside the fetching and verifying
         fetched, clock_offset = _fetch(world)
-        bundle = _verify(world, fetched.bundle)
+        generation = fetched if again else _worth_trying(world, fetched)
+        bundle = _verify(world, generation.bundle)
         package.choose(bundle.sidecar)
+        was_running = _is_running(world)
         version, installed = _install(world, package)
-    placed = _place(world, bundle)
-    store.save(world.host, fetched)
+    with _running_again(world, was_running):
+        placed = _place(world, generation, bundle)
     started = _start(world, watch)
     return Joined(bundle, version, (*installed, *placed, *started), clock_offset)
 
 
 def settle(world: World, watch: Watch, known: Known) -> Health:
     """Wait until the sidecar is in the mesh, is past hope, or the time is up. Return how it is then."""
+    clock = world.clock
     with world.progress.step("watch") as step:
         limit = world.config.healthy_within
-        deadline = time.monotonic() + (limit if world.patience is None else min(limit, world.left() or 0.0))
+        deadline = clock.seconds() + (limit if world.patience is None else min(limit, world.left() or 0.0))
         lasting = _Lasting()
         while True:
-            health = watch.observe(world.now(), known).health
+            health = watch.observe(clock.now(), known).health
             step.says(str(health.state) if health.cause == "none" else f"{health.state}: {health.cause}")
-            if health.state is State.HEALTHY or lasting.long_enough(health) or time.monotonic() >= deadline:
+            moment = clock.seconds()
+            if health.state is State.HEALTHY or lasting.long_enough(health, moment) or moment >= deadline:
                 return health
-            time.sleep(_POLL_SECONDS)
+            clock.sleep(_POLL_SECONDS)
 
 
 def preview(world: World) -> tuple[VerifiedBundle, install.Plan, tuple[place.Change, ...]]:
@@ -136,35 +101,85 @@ def preview(world: World) -> tuple[VerifiedBundle, install.Plan, tuple[place.Cha
     fetched, _ = _fetch(world)
     bundle = _verify(world, fetched.bundle)
     package = install.plan(world.host, world.config, bundle.sidecar, managers(world.host))
-    return bundle, package, place.plan(world.host, bundle, _previous_root(world.host), world.now())
+    membership = _following(world.host, fetched)
+    changes = place.plan(world.host, bundle, membership.roots_before, world.clock.now(), membership.ssh_ports)
+    return bundle, package, changes
 
 
 def restore(host: Host, progress: Progress, moment: datetime) -> None:
-    """Put the files of the last verified bundle back, without network and without configuration.
+    """Put the files of the membership back, without network and without configuration; it precedes each start.
 
     A token that expired while the machine was off is put back all the same: with a certificate that is still
-    valid the sidecar does not need it, and without one nothing is lost.
+    valid the sidecar does not need it, and without one nothing is lost. On a copied disk there is nothing to put
+    back: what the origin had is taken away.
     """
     host.require_root("restoring the files")
+    membership = store.load(host)
+    if membership and not _is_ours(host, membership):
+        _become_oneself(host, progress)
+        return
     with progress.step("restore") as step:
-        stored = store.load(host)
-        if stored is None:
-            step.says("there is no verified bundle yet")
+        if membership is None:
+            step.says("this machine has not joined")
             return
-        bundle = verify(stored.bundle, stored.verified_at, resolves=lambda _: True)
-        changes = place.plan(host, bundle, bundle.root_cert, moment)
+        changes = plan_of(host, membership, moment)
         place.apply(host, changes)
         step.says(_listed(changes) or "nothing was missing")
+
+
+def recover(world: World, watch: Watch) -> None:
+    """Finish what somebody began and did not end, also where the endpoint is not reached: files first, then the start.
+
+    A copied disk begins as a machine that never joined.
+    """
+    host = world.host
+    host.sweep(store.FOLDER)
+    membership = store.load(host)
+    if membership and not _is_ours(host, membership):
+        _become_oneself(host, world.progress)
+    elif membership and membership.unfinished:
+        with world.progress.step("recover") as step:
+            changes = plan_of(host, membership, world.clock.now())
+            if any(change.restarts for change in changes):
+                _stop(world)
+            place.apply(host, changes)
+            step.says(f"finished what was interrupted: {_listed(changes) or 'all files were in place'}")
+        _start(world, watch)
+
+
+def plan_of(host: Host, membership: Membership, moment: datetime) -> tuple[place.Change, ...]:
+    """Compare the machine with its membership."""
+    generation = membership.current
+    bundle = verify(generation.bundle, generation.verified_at, resolves=lambda _: True)
+    return place.plan(host, bundle, membership.roots_before, moment, membership.ssh_ports)
+
+
+def restart_on(world: World, watch: Watch, changes: Sequence[place.Change]) -> None:
+    """Make changes that the sidecar reads only when it starts, and start it on them."""
+    with place.staged(world.host, changes) as staged, _running_again(world, _is_running(world)):
+        _begin(world.host)
+        _stop(world)
+        staged.commit()
+    _start(world, watch)
+
+
+def go_back(world: World, watch: Watch, membership: Membership) -> None:
+    """Put the last good generation back, with the newest token: `membership` says which one, and what was given up."""
+    assert membership.good is not None  # noqa: S101  # the caller's reason to go back
+    back = membership.good.with_token_of(membership.current)
+    bundle = verify(back.bundle, back.verified_at, resolves=lambda _: True)
+    _commit(world, membership.followed_by(back, membership.ssh_ports), bundle)
+    _start(world, watch)
 
 
 # --- the steps ---
 
 
-def _fetch(world: World) -> tuple[Stored, float | None]:
-    """Return the bundle in force, and the endpoint's clock less ours in seconds."""
-    stored = store.load(world.host)
+def _fetch(world: World) -> tuple[Generation, float | None]:
+    """Return the generation in force, and the endpoint's clock less ours in seconds."""
+    membership = store.load(world.host)
     source = world.config.endpoint.url
-    known = stored if stored and stored.source == source else None
+    known = membership.current if membership and membership.current.source == source else None
     with world.progress.step("fetch") as step:
         answer = fetch(
             world.host,
@@ -179,14 +194,24 @@ def _fetch(world: World) -> tuple[Stored, float | None]:
             return known, answer.clock_offset
         assert answer.bundle is not None  # noqa: S101  # "unchanged" answers only a known etag
         step.says(source.partition("?")[0])  # a presigned address has its credential in the query
-        return Stored(answer.bundle, answer.etag, source, world.now()), answer.clock_offset
+        return Generation(answer.bundle, answer.etag, source, world.clock.now()), answer.clock_offset
+
+
+def _worth_trying(world: World, fetched: Generation) -> Generation:
+    """Return the last good generation, with the new token, in place of one that was given up."""
+    membership = store.load(world.host)
+    given_up = membership.given_up if membership else None
+    if not (membership and membership.good and given_up and given_up.fingerprint == fetched.fingerprint):
+        return fetched
+    world.progress.note("the endpoint still hands out the bundle that was given up; the last good one stays")
+    return membership.good.with_token_of(fetched)
 
 
 def _verify(world: World, bundle: Bundle) -> VerifiedBundle:
     with world.progress.step("verify") as step:
         verified = verify(
             bundle,
-            world.now(),
+            world.clock.now(),
             resolves=world.host.resolves,
             expected=world.config.workload_group,
             host_name=world.host.name,
@@ -218,14 +243,14 @@ class _Package:
             host, config = self._world.host, self._world.config
             self.plan = install.plan(host, config, named, managers(host, self._world.progress.note))
             source = self.plan.source
-            if source and source.url:
+            if source and source.url and install.cached(host, source) is None:
                 into = install.destination(host, source)
                 self._download = Download(host, config, url=source.url, sha256=source.sha256, into=into)
 
     def file(self, source: install.Source, step: Step) -> PurePosixPath:
         """Return the package file, once it is all there."""
-        if source.path:
-            return source.path
+        if path := source.path or install.cached(self._world.host, source):
+            return path
         assert self._download is not None  # noqa: S101  # a source is a path or an address
         return self._download.finish(
             patience=self._world.left(),
@@ -244,38 +269,78 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
     The package comes before the files: it makes the user that owns them, and the link /etc/istio.
     """
     assert package.plan is not None  # noqa: S101  # chosen by now
-    source = package.plan.source
+    host, source = world.host, package.plan.source
     with world.progress.step("install") as step:
         step.says(str(package.plan))
         if source is None:
             return package.plan.installed or "", []
         path = package.file(source, step)
-        judged = install.judge(world.host, source, path, world.config.sidecar)
+        judged = install.judge(host, source, path, world.config.sidecar)
+        # Only what fails starts the sidecar again: where we are told to end, the package manager is still at work.
+        was_running = _is_running(world)
+        _note_as_found(world, has_sidecar=package.plan.installed is not None)
+        _begin(host)
         _stop(world)
-        install.apply(world.host, source, path, judged)
-        if world.host.is_running:
+        try:
+            install.apply(host, source, path, judged)
+        except AgentError:
+            if was_running:
+                world.units.request_start(ISTIO)
+            raise
+        found.note_package(host, PLACED)
+        if host.is_running:
             world.units.reload()
         step.says(f"{judged.name} {judged.version}")
         return judged.version, [f"{judged.name} {judged.version}"]
 
 
-def _place(world: World, bundle: VerifiedBundle) -> list[str]:
+def _place(world: World, generation: Generation, bundle: VerifiedBundle) -> list[str]:
+    membership = _following(world.host, generation)
+    if membership.given_up and membership.given_up.fingerprint == generation.fingerprint:
+        membership = replace(membership, given_up=None)  # it is tried again, on purpose
+    return _commit(world, membership, bundle)
+
+
+def _commit(world: World, membership: Membership, bundle: VerifiedBundle) -> list[str]:
+    """Put the files of a membership in place. It is in the journal before the first of them changes."""
+    host = world.host
     with world.progress.step("place") as step:
-        changes = place.plan(world.host, bundle, _previous_root(world.host), world.now())
-        if any(change.restarts for change in changes):
-            _stop(world)
-        place.apply(world.host, changes)
+        before = store.load(host)
+        planned = place.plan(host, bundle, membership.roots_before, world.clock.now(), membership.ssh_ports)
+        changes = _worth_placing(world, planned, before, membership)
+        restarts = any(change.restarts for change in changes)
+        _note_as_found(world, has_sidecar=True)
+        with place.staged(host, changes) as staged:
+            is_begun = bool(changes) or (before is not None and before.unfinished)
+            store.save(host, replace(membership, unfinished=is_begun))
+            try:
+                if restarts:
+                    _stop(world)
+                staged.commit()
+            except AgentError:
+                store.save(host, replace(before, unfinished=True)) if before else store.forget(host)
+                raise
+        if restarts:
+            _stop(world)  # should somebody have started it meanwhile, it has read half of the old files
         step.says(_listed(changes) or "nothing to change")
     return [str(change.path) for change in changes]
 
 
-def _stop(world: World) -> None:
-    if world.host.is_running and world.units.state(ISTIO).active not in {"inactive", "failed"}:
-        world.units.stop(ISTIO)
+def _worth_placing(
+    world: World, changes: tuple[place.Change, ...], before: Membership | None, membership: Membership
+) -> tuple[place.Change, ...]:
+    """Leave out the files that somebody else writes again and again, unless the cluster has news for them."""
+    old = before.current.bundle.files if before else {}
+    new = membership.current.bundle.files
+    return tuple(
+        change
+        for change in changes
+        if change.path not in world.contested or old.get(_NAMES[change.path]) != new.get(_NAMES[change.path])
+    )
 
 
 def _start(world: World, watch: Watch) -> list[str]:
-    units = world.units
+    units, host = world.units, world.host
     with world.progress.step("start") as step:
         if not units.exists(ISTIO):
             raise InstallError(
@@ -285,12 +350,86 @@ def _start(world: World, watch: Watch) -> list[str]:
         if not units.is_enabled(ISTIO):
             units.enable(ISTIO)
             done.append(f"{ISTIO} enabled")
-        if world.host.is_running and units.state(ISTIO).active in {"inactive", "failed", "activating"}:
-            watch.begin_anew()
-            units.start(ISTIO)
-            done.append(f"{ISTIO} started")
+        if host.is_running:
+            if _is_running(world) and signals.is_certificate_dead(host, world.clock.now()):
+                # pilot-agent asks for a new one by itself only before the old one ends.
+                _stop(world)
+                done.append("certificate had expired")
+            if units.state(ISTIO).active in {"inactive", "failed", "activating"}:
+                watch.begin_anew()
+                units.start(ISTIO)
+                done.append(f"{ISTIO} started")
         step.says(", ".join(done) or f"{ISTIO} is running")
+    membership = store.load(host)
+    if membership:
+        store.save(host, replace(membership, unfinished=False))
     return done
+
+
+# --- what the steps share ---
+
+
+def _following(host: Host, generation: Generation) -> Membership:
+    """Return the membership that this machine has with the generation."""
+    before = store.load(host)
+    ports = ssh.listening_ports(host) if host.is_running else ()
+    if before is None:
+        return store.begun(host, generation, ports)
+    return before.followed_by(generation, ports or before.ssh_ports)
+
+
+def _is_ours(host: Host, membership: Membership) -> bool:
+    """Is it this machine's, and not that of one whose disk was copied?"""
+    machine = store.machine(host)
+    return not membership.machine or not machine or membership.machine == machine
+
+
+def _become_oneself(host: Host, progress: Progress) -> None:
+    progress.note("this disk was copied from another machine; that one's identity is taken away, this one joins anew")
+    undo(host, progress, with_package=False)
+
+
+def _note_as_found(world: World, *, has_sidecar: bool) -> None:
+    """Note how the machine is, before the first change; what is noted already stays."""
+    host = world.host
+    if found.load(host) is None:
+        found.note(
+            host,
+            Found(
+                has_sidecar=has_sidecar,
+                has_user=host.account(place.USER) is not None,
+                is_enabled=has_sidecar and world.units.is_enabled(ISTIO),
+                hosts_end_open=not (host.read(place.ETC_HOSTS) or b"\n").endswith(b"\n"),
+                bare=found.look(host, PLACED),
+            ),
+        )
+
+
+def _begin(host: Host) -> None:
+    """Tell the journal that the sidecar is about to be stopped."""
+    membership = store.load(host)
+    if membership:
+        store.save(host, replace(membership, unfinished=True))
+
+
+def _is_running(world: World) -> bool:
+    return world.host.is_running and not world.units.state(ISTIO).is_down
+
+
+def _stop(world: World) -> None:
+    if _is_running(world):
+        world.units.stop(ISTIO)
+
+
+@contextmanager
+def _running_again(world: World, was_running: bool) -> Iterator[None]:
+    """See that a sidecar that ran runs again where the block does not get to its end."""
+    try:
+        yield
+    except (AgentError, SystemExit, KeyboardInterrupt):
+        if was_running and not _is_running(world):
+            world.units.request_start(ISTIO)
+        raise
 
 
 class _Lasting:
@@ -300,18 +439,13 @@ class _Lasting:
         self._trouble = (State.STARTING, "")
         self._since = 0.0
 
-    def long_enough(self, health: Health) -> bool:
+    def long_enough(self, health: Health, moment: float) -> bool:
         """Has it been this trouble, for this cause, for long enough to be the last word?"""
         trouble = (health.state, health.cause)
         if trouble != self._trouble:
-            self._trouble, self._since = trouble, time.monotonic()
+            self._trouble, self._since = trouble, moment
         limit = _LAST_WORD_SECONDS.get(health.state)
-        return limit is not None and time.monotonic() - self._since >= limit
-
-
-def _previous_root(host: Host) -> bytes:
-    stored = store.load(host)
-    return stored.bundle.files.get("root-cert.pem", b"") if stored else b""
+        return limit is not None and moment - self._since >= limit
 
 
 def _listed(changes: tuple[place.Change, ...]) -> str:

@@ -85,7 +85,7 @@ def gather(host: Host, istiod: str, now: datetime) -> Signals:
         certificate=certificate,
         certificate_not_after=certificate.not_after if certificate else None if is_root else _told_end(host, now),
         token=(_read(host, TOKEN) or b"") if is_root else None,
-        is_captured=_is_captured(host) if is_root else None,
+        is_captured=is_captured(host) if is_root else None,
         captures_by_itself=captures_by_itself(_read(host, SIDECAR_ENV) or b""),
         # Not /healthz/ready, which Envoy hands to pilot-agent, which logs each time that it is not ready.
         envoy_answers=host.answers(READY_PORT, "/", _LOCAL_SECONDS),
@@ -256,6 +256,15 @@ def _is_signed(chain: bytes, key: bytes, roots: bytes) -> bool:
 _ABOUT_TIME = {9, 10}  # OpenSSL: not yet valid, expired; that is judged by the dates, not here
 
 
+def is_certificate_dead(host: Host, now: datetime) -> bool:
+    """Has the sidecar a certificate, and did it expire?"""
+    chain = _read(host, CERT_CHAIN)
+    try:
+        return chain is not None and x509.read_pem(chain.decode(errors="replace"))[0].not_after <= now
+    except x509.CertificateError:
+        return False
+
+
 def _certificate(host: Host) -> OwnCertificate | None:
     chain, key, roots = (_read(host, path) for path in (CERT_CHAIN, KEY, ROOT_CERT))
     if chain is None:
@@ -288,7 +297,7 @@ def _addresses(host: Host, name: str) -> tuple[str, ...]:
     return host.addresses(name, _SECONDS) or ()
 
 
-def _is_captured(host: Host) -> bool | None:
+def is_captured(host: Host) -> bool | None:
     """Does a nat table lead outgoing traffic to the sidecar? An emptied chain leads nowhere.
 
     pilot-agent chooses between the two backends of iptables by itself, so the machine's default is not the last word.

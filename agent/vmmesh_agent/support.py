@@ -393,17 +393,18 @@ def _secrets(host: Host, config_files: Mapping[PurePosixPath, bytes]) -> list[Se
             texts.append((host.read(path, 1024**2) or b"").decode(errors="replace"))
         except AgentError:
             continue  # what we cannot read cannot get into the archive through us
-    if stored := _stored(host):
-        texts.append(stored)
+    texts.extend(_stored(host))
     return [Secret(text.strip()) for text in texts if len(text.strip()) >= _SHORTEST_SECRET]
 
 
-def _stored(host: Host) -> str:
+def _stored(host: Host) -> list[str]:
+    """Return the tokens that the agent keeps."""
     try:
-        stored = store.load(host)
+        membership = store.load(host)
     except AgentError:
-        return ""
-    return stored.bundle.files.get(TOKEN_FILE, b"").decode(errors="replace") if stored else ""
+        return []
+    kept = [membership.current, membership.good] if membership else []
+    return [each.bundle.files.get(TOKEN_FILE, b"").decode(errors="replace") for each in kept if each]
 
 
 class _Scrubber:

@@ -26,6 +26,10 @@ class UnitState:
     def is_running(self) -> bool:
         return self.active == "active"
 
+    @property
+    def is_down(self) -> bool:
+        return self.active in {"inactive", "failed"}
+
 
 class Units:
     """The units of one machine; on an image tree they can be enabled but not started."""
@@ -54,6 +58,9 @@ class Units:
     def enable(self, unit: str) -> None:
         self._host.run(["systemctl", *self._root, "enable", unit], timeout=_SECONDS)
 
+    def disable(self, unit: str) -> None:
+        self._host.run(["systemctl", *self._root, "disable", unit], timeout=_SECONDS)
+
     def reload(self) -> None:
         """Let systemd read the unit files anew, after a package changed them."""
         self._host.run(["systemctl", "daemon-reload"], timeout=_SECONDS)
@@ -73,6 +80,6 @@ class Units:
         self._host.run(["systemctl", "stop", "--no-block", unit], timeout=10)
 
     def exists(self, unit: str) -> bool:
-        """Is there a unit file of a package?"""
+        """Is there a unit file, or a drop-in (`istio.service.d/…`), of this name?"""
         folders = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
         return any(self._host.status(PurePosixPath(folder) / unit) for folder in folders)

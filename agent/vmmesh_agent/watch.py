@@ -1,6 +1,7 @@
 """New lines of the sidecar's logs, and what systemd says of its unit → health."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
@@ -19,6 +20,7 @@ LOGS = {
     Stream.LOG: PurePosixPath("/var/log/istio/istio.log"),
     Stream.ERR: PurePosixPath("/var/log/istio/istio.err.log"),
 }
+CLUSTER_ENV = PurePosixPath("/var/lib/istio/envoy/cluster.env")
 _TAIL = 8 * 1024**2  # bytes of an existing log that are read back to find the run's start
 _CURSOR = "-- cursor: "
 _SILENCE = timedelta(seconds=30)  # of systemd's, before it is said
@@ -116,6 +118,8 @@ class Watch:
                 lately = self._judged and now - self._judged[0] < _SILENCE
                 return self._judged[1] if self._judged and lately else Health(State.UNKNOWN, "none", (_NO_SYSTEMD,))
             case _ if not unit.is_loaded:
+                return Health(State.NOT_JOINED)
+            case "inactive", _ if self._host.status(CLUSTER_ENV) is None:  # the package alone is no membership
                 return Health(State.NOT_JOINED)
             case "inactive", _:
                 return Health(State.STOPPED, "stopped", (_STOPPED,))
@@ -235,7 +239,7 @@ _NO_SYSTEMD = Condition(
 )
 
 
-def _with_conditions(health: Health, found: list[Condition]) -> Health:
+def _with_conditions(health: Health, found: Sequence[Condition]) -> Health:
     if not found:
         return health
     conditions = worst_first((*health.conditions, *found))
@@ -256,9 +260,13 @@ def describe(
     trouble: AgentError | None,
     moment: datetime,
     by_daemon: bool,
+    also: Sequence[Condition] = (),
 ) -> Report:
-    """Put together what is known of this VM; `before` is the last record, which fills in what was known earlier."""
-    health = report.with_trouble(observation.health, trouble, moment)
+    """Put together what is known of this VM.
+
+    `before` is the last record, which fills in what was known earlier; `also` is what the agent itself has to say.
+    """
+    health = report.with_trouble(_with_conditions(observation.health, also), trouble, moment)
     return Report(
         health=report.keeping_since(health, before.health if before else None, moment),
         unit=observation.unit,

@@ -155,7 +155,7 @@ def test_a_damaged_record_of_before_is_no_hindrance(tree: Path) -> None:
     (tree / "run/vmmesh-agent").mkdir()
     (tree / "run/vmmesh-agent/status.json").write_text('{"half": ')
     (tree / "var/lib/vmmesh-agent").mkdir(parents=True)
-    (tree / "var/lib/vmmesh-agent/bundle.json").write_text("[]")
+    (tree / "var/lib/vmmesh-agent/state.json").write_text("[]")
     with running(tree) as daemon:
         daemon.hears("READY=1")
         assert daemon.end()[0] == 0

@@ -26,7 +26,7 @@ PATH = PurePosixPath
 CONTENTS = dict(a_bundle().files)
 PACKAGE = os.urandom(300_000)
 DIGEST = hashlib.sha256(PACKAGE).hexdigest()
-INTO = PATH("/var/package.deb")
+INTO = PATH("/var/cache/package.deb")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes files of root's")
 
 
@@ -44,7 +44,7 @@ class TakenOver(Host):
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    (tmp_path / "tree/var").mkdir(parents=True)
+    (tmp_path / "tree/var/cache").mkdir(parents=True)
     (tmp_path / "tree/etc").mkdir()
     (tmp_path / "tree/etc/machine-id").write_text("0f" * 16 + "\n")
     (tmp_path / "tree/ca.pem").write_bytes(CLUSTER.root_pem)
@@ -134,7 +134,7 @@ while True:
                 assert host.sha256(INTO) == DIGEST
         finally:
             download.discard()
-        assert host.read(INTO) is None
+        host.remove(INTO)
 
 
 # --- packages ---
@@ -150,9 +150,12 @@ def download(host: Host, endpoint: Endpoint, url: str = "", sha256: str = DIGEST
 
     try:
         arrived = host.read(loading.finish(patience=200, on_retry=enough, on_progress=seen.append))
+    except AgentError:
+        assert host.read(INTO) is None  # what was refused is of no use any more
+        raise
     finally:
         loading.discard()
-    assert host.read(INTO) is None  # installed or refused: it is of no use any more
+    assert host.names_in(INTO.parent) == [INTO.name]
     assert seen == sorted(seen)
     return arrived
 
@@ -160,7 +163,7 @@ def download(host: Host, endpoint: Endpoint, url: str = "", sha256: str = DIGEST
 def test_a_package_arrives_with_its_digest(tree: Path, tmp_path: Path) -> None:
     with Endpoint(tls_of(CLUSTER, tmp_path), [http("200 OK", PACKAGE)]).serving() as endpoint:
         assert download(Host(tree), endpoint) == PACKAGE
-    assert os.listdir(tree / "var") == []  # nothing is left behind
+    assert os.listdir(tree / "var/cache") == []  # nothing is left behind
 
 
 def test_a_package_with_another_digest_is_refused_and_removed(tree: Path, tmp_path: Path) -> None:
@@ -170,7 +173,7 @@ def test_a_package_with_another_digest_is_refused_and_removed(tree: Path, tmp_pa
     ):
         download(Host(tree), endpoint)
     assert (caught.value.code, caught.value.retry) == ("package-wrong-digest", False)
-    assert os.listdir(tree / "var") == []
+    assert os.listdir(tree / "var/cache") == []
 
 
 def test_a_redirected_package_is_followed_without_the_token(tree: Path, tmp_path: Path) -> None:
@@ -191,7 +194,7 @@ def test_a_redirection_in_circles_or_to_plain_http_is_refused(tree: Path, tmp_pa
         download(Host(tree), endpoint)
     assert caught.value.code == "endpoint-redirects"
     assert len(endpoint.requests) < 10
-    assert os.listdir(tree / "var") == []
+    assert os.listdir(tree / "var/cache") == []
 
 
 def test_somebody_elses_server_gets_no_credential_and_no_trust(tree: Path, tmp_path: Path) -> None:

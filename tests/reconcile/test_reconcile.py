@@ -11,11 +11,13 @@ from factories import CLUSTER, DEMO, MOMENT, STRANGER, a_bundle, a_config
 from fakes import FakeMachine, Onlooker, write_package
 from lab.cluster import write_directory
 from vmmesh_agent import place
+from vmmesh_agent.clock import Clock
 from vmmesh_agent.config import Config, SidecarSettings
 from vmmesh_agent.errors import AgentError, FetchError
-from vmmesh_agent.reconcile import Joined, World, preview, reconcile, restore
+from vmmesh_agent.reconcile import Joined, preview, reconcile, restore
 from vmmesh_agent.units import Units
 from vmmesh_agent.watch import Watch
+from vmmesh_agent.world import World
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to istio-proxy")
 
@@ -37,7 +39,8 @@ class Machine(FakeMachine):
         write_directory(files, self.root / "srv/bundle")
 
     def world(self, config: Config | None = None) -> World:
-        return World(self, config or a_config(sidecar=PACKAGE), self.onlooker, now=lambda: MOMENT, patience=100)
+        clock = Clock(now=lambda: MOMENT)
+        return World(self, config or a_config(sidecar=PACKAGE), self.onlooker, clock=clock, patience=100)
 
     def join(self, config: Config | None = None) -> Joined:
         return reconcile(self.world(config), Watch(self, Units(self)))
@@ -212,7 +215,7 @@ def test_without_a_bundle_there_is_nothing_to_restore(machine: Machine) -> None:
     restore(machine, machine.onlooker, MOMENT)
     assert machine.everything() == before
     machine.join()
-    (machine.root / "var/lib/vmmesh-agent/bundle.json").write_bytes(b'{"half": ')
+    (machine.root / "var/lib/vmmesh-agent/state.json").write_bytes(b'{"half": ')
     before = machine.everything()
     restore(machine, machine.onlooker, MOMENT)
     assert machine.everything() == before
@@ -220,7 +223,7 @@ def test_without_a_bundle_there_is_nothing_to_restore(machine: Machine) -> None:
 
 def test_the_kept_bundle_is_for_root_alone(machine: Machine) -> None:
     machine.join()
-    for path, mode in (("/var/lib/vmmesh-agent", 0o700), ("/var/lib/vmmesh-agent/bundle.json", 0o600)):
+    for path, mode in (("/var/lib/vmmesh-agent", 0o700), ("/var/lib/vmmesh-agent/state.json", 0o600)):
         found = machine.status(PurePosixPath(path))
         assert found
         assert (found.mode, found.owner.uid) == (mode, 0)

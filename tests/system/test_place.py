@@ -194,7 +194,7 @@ AGENTS_OWN = {
     "/run/vmmesh-agent/lock": ("file", "0600", "root"),
     "/run/vmmesh-agent/status.json": ("file", "0644", "root"),
     "/var/lib/vmmesh-agent": ("folder", "0700", "root"),
-    "/var/lib/vmmesh-agent/bundle.json": ("file", "0600", "root"),
+    "/var/lib/vmmesh-agent/state.json": ("file", "0600", "root"),
     "/var/lib/vmmesh-agent/installed.json": ("file", "0600", "root"),
     "/var/lib/vmmesh-agent/packages": ("folder", "0700", "root"),
 }

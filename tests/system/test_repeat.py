@@ -58,7 +58,7 @@ def test_a_new_token_replaces_one_file_and_restarts_nothing(joined: Machine, mes
     assert run_of_sidecar(joined) == before
     assert _paths_of(difference(snapshot, joined.snapshot(), ignore=LIVELY)) == [
         "/run/secrets/tokens/istio-token",  # /var/run is a link to it
-        "/var/lib/vmmesh-agent/bundle.json",
+        "/var/lib/vmmesh-agent/state.json",
     ]
 
 
@@ -125,7 +125,7 @@ def test_other_hosts_change_the_block_alone(joined: Machine, mesh: Mesh) -> None
     assert _block(after) == f"{CLUSTER_IPV6} istiod.istio-system.svc\n".encode()
     assert run_of_sidecar(joined) == run
     changed = _paths_of(difference(snapshot, joined.snapshot(), ignore=LIVELY))
-    assert changed == ["/etc/hosts", "/var/lib/vmmesh-agent/bundle.json"]
+    assert changed == ["/etc/hosts", "/var/lib/vmmesh-agent/state.json"]
 
     mesh.publish(_with(joined, mesh, address=CLUSTER_IPV4))
     join(joined)

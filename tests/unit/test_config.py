@@ -8,7 +8,7 @@ import yaml
 
 from factories import CONFIG_FILE
 from vmmesh_agent.bundle import Workload
-from vmmesh_agent.config import SETTINGS, ClientCertificate, Config, Credential, parse
+from vmmesh_agent.config import SETTINGS, ClientCertificate, Config, Credential, FirstJoin, Joined, parse
 from vmmesh_agent.errors import ConfigurationError
 
 DROP_IN = PurePosixPath("/etc/vmmesh-agent/config.d/50-site.yaml")
@@ -84,6 +84,8 @@ RIGHT: dict[str, dict[Any, Any]] = {
     "sidecar.allow_downgrade": {True: True, False: False},
     "metrics.textfile": {"/var/lib/node/vmmesh.prom": PATH("/var/lib/node/vmmesh.prom")},
     "healthy_within": {5: 5.0, 3600: 3600.0},
+    "on_failure.first_join": {"undo": FirstJoin.UNDO, "keep": FirstJoin.KEEP},
+    "on_failure.joined": {"closed": Joined.CLOSED, "open": Joined.OPEN},
 }
 PATHS_THAT_ARE_NONE = ("relative", "", "/a/../b", 7, None, ["/a"])
 WRONG: dict[str, tuple[Any, ...]] = {
@@ -118,6 +120,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "sidecar.allow_downgrade": ("yes please", 1, 0, None, "true"),
     "metrics.textfile": PATHS_THAT_ARE_NONE,
     "healthy_within": (4, 3601, "60", None, True),
+    "on_failure.first_join": ("UNDO", "back", True, None, [], {}),
+    "on_failure.joined": ("Open", "on", False, 1),
 }
 
 

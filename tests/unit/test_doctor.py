@@ -239,24 +239,25 @@ def test_selinux_matters_where_it_denied_something(
 
 
 @pytest.mark.parametrize(
-    ("files", "restores", "result"),
+    ("files", "is_put_back", "result"),
     [
-        ({}, "disabled", "ok"),
-        ({"cloud.cfg": "manage_etc_hosts: true\n"}, "disabled", "failed"),
-        ({"cloud.cfg": "manage_etc_hosts: true\n"}, "enabled", "warning"),
-        ({"cloud.cfg": "manage_etc_hosts: localhost\n"}, "disabled", "ok"),
-        ({"cloud.cfg": "#manage_etc_hosts: true\n"}, "disabled", "ok"),
-        ({"cloud.cfg": "manage_etc_hosts: 'template'\n"}, "disabled", "failed"),
-        ({"cloud.cfg": "manage_etc_hosts: true\n", "cloud.cfg.d/9.cfg": "manage_etc_hosts: false\n"}, "disabled", "ok"),
-        ({"cloud.cfg.d/9.bak": "manage_etc_hosts: true\n"}, "disabled", "ok"),
+        ({}, False, "ok"),
+        ({"cloud.cfg": "manage_etc_hosts: true\n"}, False, "failed"),
+        ({"cloud.cfg": "manage_etc_hosts: true\n"}, True, "warning"),
+        ({"cloud.cfg": "manage_etc_hosts: localhost\n"}, False, "ok"),
+        ({"cloud.cfg": "#manage_etc_hosts: true\n"}, False, "ok"),
+        ({"cloud.cfg": "manage_etc_hosts: 'template'\n"}, False, "failed"),
+        ({"cloud.cfg": "manage_etc_hosts: true\n", "cloud.cfg.d/9.cfg": "manage_etc_hosts: false\n"}, False, "ok"),
+        ({"cloud.cfg.d/9.bak": "manage_etc_hosts: true\n"}, False, "ok"),
     ],
 )
 def test_cloud_init_rewrites_etc_hosts_as_its_last_setting_says(
-    files: dict[str, str], restores: str, result: str, host: FakeHost
+    files: dict[str, str], is_put_back: bool, result: str, host: FakeHost
 ) -> None:
     for name, text in files.items():
         host.put(f"/etc/cloud/{name}", text)
-    host.says["systemctl is-enabled"] = f"{restores}\n"
+    if is_put_back:
+        host.put("/usr/lib/systemd/system/istio.service.d/10-vmmesh-agent.conf", "")
     assert row(host, "cloud-init").result == result
 
 

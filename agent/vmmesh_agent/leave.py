@@ -1,0 +1,127 @@
+"""Out of the mesh: the sidecar stopped, its capture, files and unit changes gone, the machine as it was found.
+
+The note of how it was found goes last. Whatever interrupts it, running it again goes on with it.
+"""
+
+from pathlib import PurePosixPath
+
+from vmmesh_agent import found, hosts, install, place, signals, store
+from vmmesh_agent.errors import HostError
+from vmmesh_agent.events import READY, READY_MARK
+from vmmesh_agent.found import Found
+from vmmesh_agent.host import ROOT, Account, Host
+from vmmesh_agent.packages import managers
+from vmmesh_agent.units import ISTIO, Units
+from vmmesh_agent.world import Progress
+
+_AGENT = "vmmesh-agent.service"
+_CLEAN = ["/usr/local/bin/istio-start.sh", "clean"]
+_LOGS = PurePosixPath("/var/log/istio")
+_RUN = PurePosixPath("/run/vmmesh-agent")
+
+PLACED = frozenset(entry.path for entry in place.TABLE.values())
+_IDENTITY = frozenset({signals.CERT_CHAIN, signals.KEY})
+
+
+def retire_daemon(host: Host, progress: Progress) -> None:
+    """Stop the daemon, for good: it would join again. Call it without the lock, which the daemon may hold."""
+    if host.is_running:
+        units = Units(host)
+        with progress.step("agent") as step:
+            if units.is_enabled(_AGENT):
+                units.disable(_AGENT)
+            if not units.state(_AGENT).is_down:
+                units.stop(_AGENT)
+            step.says(f"{_AGENT} is stopped and disabled")
+
+
+def leave(host: Host, progress: Progress, *, purge: bool) -> None:
+    """Leave the mesh; with `purge` take the package that the agent installed, and its state, along."""
+    host.require_root("leaving the mesh")
+    undo(host, progress, with_package=purge)
+    if purge:
+        with progress.step("state") as step:
+            for folder in (store.FOLDER, _RUN):
+                _remove_all(host, folder)
+            step.says("nothing of the agent's is left but its package and its configuration")
+
+
+def undo(host: Host, progress: Progress, *, with_package: bool) -> None:
+    """Put the machine back to how it was found; the daemon, if one runs, is the caller's."""
+    noted = found.load(host)
+    _stop_sidecar(host, noted, progress)
+    store.forget(host)  # from here on nobody puts the files back
+    host.remove(install.RECORD)
+    with progress.step("files") as step:
+        sidecar_user = host.account(place.USER)
+        left = _files(host, noted, sidecar_user)
+        step.says("as they were found" + (f"; left are {', '.join(left)}, which are somebody else's" if left else ""))
+    if with_package and noted and not noted.has_sidecar:
+        with progress.step("package") as step:
+            step.says(_package(host, noted, sidecar_user))
+    found.forget(host)
+
+
+def _stop_sidecar(host: Host, noted: Found | None, progress: Progress) -> None:
+    """Stop it as systemd does, which gives it time to let its connections end, and see that nothing is captured."""
+    units = Units(host)
+    with progress.step("sidecar") as step:
+        if host.is_running:
+            units.stop(ISTIO)  # also where it is down: a start that waits is taken back
+            host.remove(READY_MARK)
+            units.request_stop(READY)
+            if signals.is_captured(host):
+                host.run(_CLEAN, timeout=60, check=False)
+            if signals.is_captured(host):
+                raise HostError(
+                    "traffic of this machine is still redirected to the sidecar",
+                    code="capture-left-behind",
+                    hint=f"see what `{' '.join(_CLEAN)}` says, then run `vmmesh-agent leave` again",
+                    retry=True,
+                )
+        if units.is_enabled(ISTIO) and not (noted and noted.is_enabled):
+            units.disable(ISTIO)
+        step.says("stopped; istiod takes this VM out of the mesh some seconds after")
+
+
+def _files(host: Host, noted: Found | None, sidecar_user: Account | None) -> list[str]:
+    for folder in (*place.FOLDERS, place.ETC_HOSTS.parent):
+        host.sweep(folder)
+    content = host.read(place.ETC_HOSTS) or b""
+    without = hosts.with_block(content, ())
+    if noted and noted.hosts_end_open and without != content:
+        without = without.removesuffix(b"\n")
+    if without != content:
+        place.rewrite_hosts(host, without)
+    tree = noted.tree if noted else {}
+    if noted is None:  # nothing is known of before: what is the agent's and the sidecar's identity goes, no more
+        for path in PLACED | _IDENTITY:
+            host.remove(path)
+        return []
+    return found.put_back(host, tree, PLACED | _IDENTITY, sidecar_user)
+
+
+def _package(host: Host, noted: Found, sidecar_user: Account | None) -> str:
+    """Remove the package that the agent installed, and what its script made: the user, the folders, the link."""
+    removed = ""
+    for manager in managers(host):
+        if (version := manager.installed(install.NAME)) is not None:
+            manager.remove(install.NAME)
+            removed = f"{install.NAME} {version} removed"
+    left = found.put_back(host, noted.bare, PLACED | _IDENTITY, sidecar_user)
+    if not noted.has_user and sidecar_user:
+        for path, _ in host.walk(_LOGS):  # the logs stay, and nobody shall own them who comes to have this number
+            host.give(path, ROOT)
+        root = [] if host.is_running else ["--root", str(host.root)]
+        host.run(["userdel", *root, place.USER])
+    if host.is_running:
+        Units(host).reload()
+    return (removed or "there was none") + (f"; left are {', '.join(left)}" if left else "")
+
+
+def _remove_all(host: Host, folder: PurePosixPath) -> None:
+    for path, status in host.walk(folder):
+        if status.is_directory:
+            host.remove_folder(path)
+        else:
+            host.remove(path)
