@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NoReturn
@@ -500,7 +500,7 @@ class _Terminal:
         """A person sees that already."""
 
     def note(self, text: str) -> None:
-        print(f"\r\x1b[K         {text}" if self._is_terminal else f"         {text}", flush=True)
+        _say(f"\r\x1b[K         {text}\n" if self._is_terminal else f"         {text}\n")
 
 
 class _TerminalStep:
@@ -524,13 +524,19 @@ class _TerminalStep:
     def draw(self, text: str) -> None:
         """Show what is going on, where there is a terminal to redraw."""
         if self._is_terminal:
-            print(f"\r\x1b[K{self._line(text)[: _width() - 1]}", end="", flush=True)
+            _say(f"\r\x1b[K{self._line(text)[: _width() - 1]}")
 
     def end(self, text: str) -> None:
-        print(f"\r\x1b[K{self._line(text)}" if self._is_terminal else self._line(text), flush=True)
+        _say(f"\r\x1b[K{self._line(text)}\n" if self._is_terminal else f"{self._line(text)}\n")
 
     def _line(self, text: str) -> str:
         return f"{self._name:<8} {time.monotonic() - self._begin:5.1f} s  {text}"
+
+
+def _say(text: str) -> None:
+    """Write to the terminal. That nobody reads it, or that its file is full, is no reason to stop half-way."""
+    with suppress(OSError):
+        print(text, end="", flush=True)
 
 
 def _complain(error: AgentError) -> None:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import pwd
+import re
 import secrets
 import shutil
 import signal
@@ -32,6 +33,7 @@ _MAX_LINKS = 40  # as the kernel
 _OPEN_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TEMPORARY = ".vmmesh"  # how the names of files end that are not yet, or no longer, in their place
+_LEFT_OVER = re.compile(rf"\..+\.(?:new|old)\.[0-9a-f]{{8}}\.(\d+){re.escape(_TEMPORARY)}")  # and whose they are
 _BEAT_SECONDS = 1.0
 _SYSTEMD = Path("/run/systemd/system")  # is there where systemd is PID 1: sd_booted(3)
 
@@ -248,7 +250,8 @@ class Host:
     def sweep(self, folder: PurePosixPath) -> None:
         """Remove what a process left in the folder that was killed while it wrote there."""
         for name in self.names_in(folder):
-            if name.startswith(".") and name.endswith(_TEMPORARY):
+            owner = _LEFT_OVER.fullmatch(name)
+            if owner and not Path("/proc", owner[1]).exists():
                 self.remove(folder / name)
 
     def make_folder(self, path: PurePosixPath, owner: Account, mode: int) -> None:
@@ -533,8 +536,9 @@ class Host:
                     )
                 self._beat()
                 time.sleep(0.1)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"vmmesh-agent (process {os.getpid()})\n".encode(), 0)
+            with contextlib.suppress(OSError):  # who holds it is a courtesy: a full disk has no room for it
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"vmmesh-agent (process {os.getpid()})\n".encode(), 0)
             yield
         finally:
             os.close(descriptor)
@@ -600,7 +604,7 @@ class Staged:
 
     def add(self, content: NewContent, folder: int, name: str) -> None:
         """Write the content under a name of its own; `folder` is ours from now on."""
-        suffix = f"{secrets.token_hex(4)}{_TEMPORARY}"
+        suffix = f"{secrets.token_hex(4)}.{os.getpid()}{_TEMPORARY}"
         staged = _StagedFile(content.path, folder, name, new=f".{name}.new.{suffix}", old=f".{name}.old.{suffix}")
         self._files.append(staged)
         with open(os.open(staged.new, os.O_WRONLY | _CREATE, 0o600, dir_fd=folder), "wb") as file:  # noqa: PTH123

@@ -19,7 +19,8 @@ _CLEAN = ["/usr/local/bin/istio-start.sh", "clean"]
 _LOGS = PurePosixPath("/var/log/istio")
 _RUN = PurePosixPath("/run/vmmesh-agent")
 
-PLACED = frozenset(entry.path for entry in place.TABLE.values())
+# The mesh configuration has two names: /etc/istio is the package's link to /var/lib/istio.
+PLACED = frozenset(entry.path for entry in place.TABLE.values()) | {PurePosixPath("/var/lib/istio/config/mesh")}
 _IDENTITY = frozenset({signals.CERT_CHAIN, signals.KEY})
 
 
@@ -49,6 +50,9 @@ def leave(host: Host, progress: Progress, *, purge: bool) -> None:
 def undo(host: Host, progress: Progress, *, with_package: bool) -> None:
     """Put the machine back to how it was found; the daemon, if one runs, is the caller's."""
     noted = found.load(host)
+    if noted is None and host.status(store.FILE) is None:
+        progress.note("this machine has not joined, or has left: there is nothing to undo")
+        return
     _stop_sidecar(host, noted, progress)
     store.forget(host)  # from here on nobody puts the files back
     host.remove(install.RECORD)

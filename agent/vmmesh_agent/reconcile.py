@@ -28,7 +28,7 @@ from vmmesh_agent.store import Generation, Membership
 from vmmesh_agent.units import ISTIO
 from vmmesh_agent.verify import VerifiedBundle, verify
 from vmmesh_agent.watch import Watch
-from vmmesh_agent.world import Progress, Step, World
+from vmmesh_agent.world import LOCK, Progress, Step, World
 
 _NAMES = {place.ETC_HOSTS: bundles.HOSTS, **{entry.path: name for name, entry in place.TABLE.items()}}  # in a bundle
 _POLL_SECONDS = 0.25
@@ -134,6 +134,7 @@ def recover(world: World, watch: Watch) -> None:
     """
     host = world.host
     host.sweep(store.FOLDER)
+    host.sweep(LOCK.parent)
     membership = store.load(host)
     if membership and not _is_ours(host, membership):
         _become_oneself(host, world.progress)
@@ -426,7 +427,7 @@ def _running_again(world: World, was_running: bool) -> Iterator[None]:
     """See that a sidecar that ran runs again where the block does not get to its end."""
     try:
         yield
-    except (AgentError, SystemExit, KeyboardInterrupt):
+    except BaseException:
         if was_running and not _is_running(world):
             world.units.request_start(ISTIO)
         raise

@@ -167,14 +167,23 @@ def _certificate_conditions(signals: Signals, now: datetime) -> Iterator[Conditi
             "Run `vmmesh-agent bootstrap` for the mesh's root, then `systemctl restart istio`.",
         )
     life = certificate.not_after - certificate.not_before - _BACKDATED
+    fault = token_fault(signals.token, now) if signals.token else ""
     if certificate.not_after - now < life * _OVERDUE:
-        fault = token_fault(signals.token, now) if signals.token else ""
         dead = f", and the token {fault}" if fault else ""
         yield Condition(
             "renewal_overdue",
             Severity.DEGRADED,
             f"The sidecar's certificate was not renewed{dead}: this VM drops out at {_utc(certificate.not_after)}.",
             "Run `vmmesh-agent bootstrap` for a new token, then `systemctl restart istio`; then see what still fails.",
+        )
+    elif fault:
+        # pilot-agent renews with the certificate itself, half-way through its life: no harm is done yet.
+        yield Condition(
+            "token_expired",
+            Severity.NOTE,
+            f"The token {fault}, and the certificate expires in {_hours(certificate.not_after - now)}: if neither is"
+            f" renewed, this VM drops out at {_utc(certificate.not_after)}.",
+            "See why no newer token came: `vmmesh-agent doctor`, `vmmesh-agent bootstrap`.",
         )
 
 
@@ -250,6 +259,8 @@ def _is_signed(chain: bytes, key: bytes, roots: bytes) -> bool:
         return error.verify_code in _ABOUT_TIME
     except (ssl.SSLError, ValueError):
         return False
+    except OSError:  # nothing was found out: no descriptor is left, say
+        return True
     return True
 
 
@@ -348,6 +359,11 @@ def _size_of_logs(host: Host) -> int | None:
     except AgentError:
         return None
     return sum(entry.size for entry in found if entry and entry.is_file)
+
+
+def _hours(left: timedelta) -> str:
+    minutes = int(left.total_seconds()) // 60
+    return f"{minutes // 60} h" if minutes >= 120 else f"{minutes} min"
 
 
 def _utc(moment: datetime) -> str:
