@@ -105,6 +105,7 @@ def _bootstrap(options: argparse.Namespace) -> int:
                     trial.conclude(world, watch, settle(world, watch, joined.known), is_time_up=True)
         except AgentError as error:
             trouble = error
+            trial.undo_half_done(world)
         before = report.load(host)
         known = joined.known if joined else before.known if before else Known()
         current = describe(
@@ -142,12 +143,18 @@ def _preview(world: "World") -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from vmmesh_agent import place
     from vmmesh_agent.bundle import BundleRefusedError
     from vmmesh_agent.verify import verify
 
     host = Host()
     try:
-        bundle = verify(_read_bundle(host, options.bundle), _now(), resolves=host.resolves, host_name=host.name)
+        bundle = verify(
+            _read_bundle(host, options.bundle),
+            _now(),
+            resolves=lambda name: place.resolves(host, name),
+            host_name=host.name,
+        )
     except BundleRefusedError as refused:
         if options.output == "json":
             _print_json(

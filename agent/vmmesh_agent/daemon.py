@@ -141,6 +141,7 @@ class Daemon:
         except _ReloadedError:
             return
         except AgentError as error:
+            self._undo_half_done()
             self._note_failure(error)
             self._note_trial(is_new=False)
             return
@@ -198,6 +199,13 @@ class Daemon:
         return max(_FIRST_WAIT, (begin - now).total_seconds() + life * share, left * _LATE_REFRESH)
 
     # --- what comes of it ---
+
+    def _undo_half_done(self) -> None:
+        try:
+            with self.host.lock(LOCK):
+                trial.undo_half_done(self._world())
+        except AgentError as error:
+            self.log.warning("not undone", code=error.code, message=error.message)
 
     def _note_trial(self, *, is_new: bool) -> None:
         """Remember since when a generation is on trial."""

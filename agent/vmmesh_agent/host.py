@@ -118,17 +118,15 @@ class Host:
                 return Account(int(fields[2]), int(fields[3]))
         return None
 
-    def resolves(self, name: str) -> bool:
-        """Does this machine's resolver find an address for the name?"""
-        return bool(self.addresses(name, timeout=20))
-
-    def addresses(self, name: str, timeout: float) -> tuple[str, ...] | None:
+    def addresses(self, name: str, timeout: float, services: str = "") -> tuple[str, ...] | None:
         """Return what the machine's resolver (hosts file, DNS, whatever it has) finds, the first choice first.
 
-        None where it does not answer within `timeout` seconds, which getaddrinfo(3) itself cannot promise.
+        None where it does not answer within `timeout` seconds, which getaddrinfo(3) itself cannot promise. `services`
+        are those of nsswitch.conf(5) to ask in place of its own.
         """
+        chosen = [f"--service=hosts:{services}"] if services else []
         try:
-            found = self.run(["getent", "ahosts", "--", name], timeout=timeout, check=False)
+            found = self.run(["getent", *chosen, "ahosts", "--", name], timeout=timeout, check=False)
         except HostError:
             return None
         return tuple(dict.fromkeys(line.split()[0] for line in found.stdout.splitlines() if line.strip()))

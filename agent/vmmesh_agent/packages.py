@@ -16,7 +16,7 @@ from vmmesh_agent.host import ROOT, Completed, Host
 
 OnWait = Callable[[str], None]
 
-LOG = PurePosixPath("/var/lib/vmmesh-agent/package-manager.log")  # what it said last
+LOG = PurePosixPath("/run/vmmesh-agent/package-manager.log")  # what it said last
 LOCK_SECONDS = 600  # how long another user of the package manager is waited for
 _INSTALL_SECONDS = 1800
 _ANY_ARCH = {"all", "noarch"}
@@ -238,7 +238,7 @@ def _patiently(host: Host, argv: Sequence[str], on_wait: OnWait) -> Completed:
 
     It is never torn: it ends by itself even where we are ended.
     """
-    host.make_folder(LOG.parent, ROOT, 0o700)
+    host.make_folder(LOG.parent, ROOT, 0o755)
     deadline = time.monotonic() + LOCK_SECONDS
     is_told = False
     while True:

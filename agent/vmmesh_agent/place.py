@@ -25,6 +25,8 @@ CLUSTER_ENV = PurePosixPath("/var/lib/istio/envoy/cluster.env")
 MESH = PurePosixPath("/etc/istio/config/mesh")
 ETC_HOSTS = PurePosixPath("/etc/hosts")
 
+_RESOLVER_SECONDS = 20
+
 # Folders that belong to istio-proxy. Their content is left alone: a recursive chown, as root, of a folder that a
 # lesser user owns could be led anywhere. (/etc/istio is the package's link to /var/lib/istio.)
 FOLDERS = (
@@ -174,6 +176,16 @@ def apply(host: Host, changes: Sequence[Change]) -> None:
     """Make the changes, all or none."""
     with staged(host, changes) as ready:
         ready.commit()
+
+
+def resolves(host: Host, name: str) -> bool:
+    """Does this machine find an address for the name, without the agent's own lines in /etc/hosts?"""
+    content = host.read(ETC_HOSTS) or b""
+    others = hosts.with_block(content, ())
+    if others == content:
+        return bool(host.addresses(name, _RESOLVER_SECONDS))
+    lines, _ = hosts.parse(others.decode(errors="replace"))
+    return any(name in line.names for line in lines) or bool(host.addresses(name, _RESOLVER_SECONDS, "resolve dns"))
 
 
 def rewrite_hosts(host: Host, content: bytes) -> None:

@@ -145,7 +145,10 @@ def recover(world: World, watch: Watch) -> None:
                 _stop(world)
             place.apply(host, changes)
             step.says(f"finished what was interrupted: {_listed(changes) or 'all files were in place'}")
-        _start(world, watch)
+        try:
+            _start(world, watch)
+        except AgentError as error:  # what comes from the endpoint may mend it
+            world.progress.note(error.message)
 
 
 def plan_of(host: Host, membership: Membership, moment: datetime) -> tuple[place.Change, ...]:
@@ -213,7 +216,7 @@ def _verify(world: World, bundle: Bundle) -> VerifiedBundle:
         verified = verify(
             bundle,
             world.clock.now(),
-            resolves=world.host.resolves,
+            resolves=lambda name: place.resolves(world.host, name),
             expected=world.config.workload_group,
             host_name=world.host.name,
         )
@@ -276,7 +279,11 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
         if source is None:
             return package.plan.installed or "", []
         path = package.file(source, step)
-        judged = install.judge(host, source, path, world.config.sidecar)
+        try:
+            judged = install.judge(host, source, path, world.config.sidecar)
+        except AgentError:
+            install.clear_cache(host)
+            raise
         # Only what fails starts the sidecar again: where we are told to end, the package manager is still at work.
         was_running = _is_running(world)
         _note_as_found(world, has_sidecar=package.plan.installed is not None)
@@ -287,6 +294,8 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
         except AgentError:
             if was_running:
                 world.units.request_start(ISTIO)
+            if store.load(host) is None:
+                found.forget(host)  # nothing was changed
             raise
         found.note_package(host, PLACED)
         if host.is_running:

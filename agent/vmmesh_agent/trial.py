@@ -43,6 +43,14 @@ def conclude(world: World, watch: Watch, health: Health, *, is_time_up: bool) ->
     return False
 
 
+def undo_half_done(world: World) -> None:
+    """Undo a first join that failed after the first file was placed, and before the sidecar was started on all."""
+    membership = store.load(world.host)
+    is_half_done = membership is not None and membership.good is None and membership.unfinished
+    if is_half_done and world.config.on_failure.first_join is FirstJoin.UNDO:
+        undo(world.host, world.progress, with_package=True)
+
+
 def standing(host: Host) -> list[Condition]:
     """Return what is to be said of a generation that was given up."""
     membership = store.load(host)

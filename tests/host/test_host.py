@@ -405,10 +405,10 @@ def test_a_command_reads_nothing_and_speaks_english(host: Host) -> None:
 
 
 def test_names_are_resolved_by_this_machine(host: Host) -> None:
-    assert host.resolves("localhost")
-    assert not host.resolves("no-such-host.invalid")
-    assert not host.resolves("a" * 300)
-    assert not host.resolves("..")
+    assert host.addresses("localhost", 20)
+    assert not host.addresses("no-such-host.invalid", 20)
+    assert not host.addresses("a" * 300, 20)
+    assert not host.addresses("..", 20)
     assert host.name
 
 

@@ -274,3 +274,13 @@ def test_the_table_is_the_documented_one() -> None:
         PurePosixPath("/etc/istio/config/mesh"),
     }
     assert [name for name, entry in TABLE.items() if entry.is_secret] == ["istio-token"]
+
+
+def test_the_agents_own_lines_find_no_name(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    (tmp_path / "etc").mkdir()
+    ours = "# BEGIN vmmesh-agent\n192.0.2.1 istiod.istio-system.svc\n# END vmmesh-agent\n"
+    (tmp_path / "etc/hosts").write_text(f"127.0.0.1 localhost\n{ours}")
+    assert not place.resolves(host, "istiod.istio-system.svc")
+    (tmp_path / "etc/hosts").write_text(f"192.0.2.2 istiod.istio-system.svc\n{ours}")
+    assert place.resolves(host, "istiod.istio-system.svc")

@@ -1,58 +1,20 @@
 """The flow on a machine of real files with a pretended systemd: what it does, in which order, and what it leaves."""
 
 import os
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
 import pytest
 
-from factories import CLUSTER, DEMO, MOMENT, STRANGER, a_bundle, a_config
-from fakes import FakeMachine, Onlooker, write_package
-from lab.cluster import write_directory
+from factories import CLUSTER, DEMO, MOMENT, STRANGER, a_config
+from fakes import FakeMachine, write_package
+from reconcile.ready import PACKAGE, Machine
 from vmmesh_agent import place
-from vmmesh_agent.clock import Clock
 from vmmesh_agent.config import Config, SidecarSettings
 from vmmesh_agent.errors import AgentError, FetchError
-from vmmesh_agent.reconcile import Joined, preview, reconcile, restore
-from vmmesh_agent.units import Units
-from vmmesh_agent.watch import Watch
-from vmmesh_agent.world import World
+from vmmesh_agent.reconcile import preview, restore
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to istio-proxy")
-
-PACKAGE = SidecarSettings(package="/opt/istio-sidecar.deb")
-
-
-class Machine(FakeMachine):
-    """A machine with a package and a bundle lying ready."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        write_package(root / "opt/istio-sidecar.deb")
-        self.token = CLUSTER.token()
-        self.deliver()
-        self.onlooker = Onlooker()
-
-    def deliver(self, token: str | None = None, environment: Mapping[str, str | None] | None = None) -> None:
-        files = dict(a_bundle(token=token or self.token, environment=environment).files)
-        write_directory(files, self.root / "srv/bundle")
-
-    def world(self, config: Config | None = None) -> World:
-        clock = Clock(now=lambda: MOMENT)
-        return World(self, config or a_config(sidecar=PACKAGE), self.onlooker, clock=clock, patience=100)
-
-    def join(self, config: Config | None = None) -> Joined:
-        return reconcile(self.world(config), Watch(self, Units(self)))
-
-    def everything(self) -> dict[str, tuple[int, int, int, bytes | None]]:
-        """Return all that is on the disk, with inode and owner: a file that was written anew is another one."""
-        found = {}
-        for path in sorted(self.root.rglob("*")):
-            status = path.lstat()
-            content = path.read_bytes() if path.is_file() and not path.is_symlink() else None
-            found[str(path.relative_to(self.root))] = (status.st_ino, status.st_mode, status.st_uid, content)
-        return found
 
 
 @pytest.fixture

@@ -63,9 +63,9 @@ def small(run: Run) -> Packages:
 def bootstrap(
     trial: Trial, cluster: Cluster, package: str, *, timeout: float = 30, limit: float = 60, **settings: Any
 ) -> Refusal:
-    """Join with a sound bundle and this package."""
-    url = trial.give_bundle(cluster.bundle())
-    return trial.bootstrap(url, sidecar={"package": package, **settings}, timeout=timeout, limit=limit)
+    """Join with a sound bundle and this package; what is installed stays, although there is no sidecar in it."""
+    sections = {"sidecar": {"package": package, **settings}, "on_failure": {"first_join": "keep"}}
+    return trial.bootstrap(trial.give_bundle(cluster.bundle()), timeout=timeout, limit=limit, **sections)
 
 
 def give(trial: Trial, file: Path, name: str = "") -> str:

@@ -135,7 +135,6 @@ def test_after_a_reboot_the_token_is_back_before_the_sidecar_starts_without_any_
 ) -> None:
     token = served.read(TOKEN)
     served.run(["systemctl", "stop", AGENT])
-    served.run(["systemctl", "enable", RESTORE])
     mesh.endpoint.stop()
     try:
         served.reboot()
@@ -154,14 +153,12 @@ def test_after_a_reboot_the_token_is_back_before_the_sidecar_starts_without_any_
         assert unit(served)["NRestarts"] == "0"
     finally:
         mesh.endpoint.start()
-        served.run(["systemctl", "disable", RESTORE])
 
 
 def _to_be_renewed_soon(mesh: Mesh) -> BundleFiles:
-    """A bundle whose token is good for an hour and has most of its life behind it, so that the daemon comes soon."""
-    return mesh.cluster.bundle(
-        token=mesh.cluster.token(issued_at=now() - timedelta(hours=11), lifetime=timedelta(hours=12))
-    )
+    """A bundle whose token is good for two minutes more and has most of its life behind it: the daemon comes soon."""
+    age = timedelta(minutes=58)
+    return mesh.cluster.bundle(token=mesh.cluster.token(issued_at=now() - age, lifetime=timedelta(hours=1)))
 
 
 def _wait_for(state: str, machine: Machine) -> None:

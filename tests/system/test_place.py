@@ -195,6 +195,8 @@ AGENTS_OWN = {
     "/run/vmmesh-agent/status.json": ("file", "0644", "root"),
     "/var/lib/vmmesh-agent": ("folder", "0700", "root"),
     "/var/lib/vmmesh-agent/state.json": ("file", "0600", "root"),
+    "/var/lib/vmmesh-agent/found.json": ("file", "0600", "root"),
+    "/run/vmmesh-agent/package-manager.log": ("file", "0600", "root"),
     "/var/lib/vmmesh-agent/installed.json": ("file", "0600", "root"),
     "/var/lib/vmmesh-agent/packages": ("folder", "0700", "root"),
 }

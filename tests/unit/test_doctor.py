@@ -58,7 +58,7 @@ class FakeHost(Host):
     def account(self, name: str) -> Account | None:
         return self.accounts.get(name)
 
-    def addresses(self, name: str, timeout: float) -> tuple[str, ...] | None:  # noqa: ARG002  # a fake takes no time
+    def addresses(self, name: str, timeout: float, services: str = "") -> tuple[str, ...] | None:  # noqa: ARG002  # a fake takes no time
         return self.known.get(name, ())
 
     def run(
