@@ -82,6 +82,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _bootstrap(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from vmmesh_agent import report, trial
     from vmmesh_agent.reconcile import reconcile, settle
     from vmmesh_agent.report import Known
@@ -102,7 +104,8 @@ def _bootstrap(options: argparse.Namespace) -> int:
             if host.is_running:
                 health = settle(world, watch, joined.known)
                 if trial.conclude(world, watch, health, is_time_up=True):
-                    trial.conclude(world, watch, settle(world, watch, joined.known), is_time_up=True)
+                    again = replace(world, patience=world.config.healthy_within)
+                    trial.conclude(again, watch, settle(again, watch, joined.known), is_time_up=True)
         except AgentError as error:
             trouble = error
             trial.undo_half_done(world)

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from vmmesh_agent import clock as clocks
 from vmmesh_agent import config as configuration
-from vmmesh_agent import notify, render, report, trial
+from vmmesh_agent import notify, render, report, store, trial
 from vmmesh_agent.clock import Clock
 from vmmesh_agent.config import Config
 from vmmesh_agent.drift import Drift
@@ -22,10 +22,11 @@ from vmmesh_agent.events import Events
 from vmmesh_agent.health import Condition, Health, Severity, State
 from vmmesh_agent.host import ROOT, Host
 from vmmesh_agent.log import Logger
-from vmmesh_agent.reconcile import Joined, reconcile
+from vmmesh_agent.reconcile import Joined, begin, reconcile
 from vmmesh_agent.render import Activity
 from vmmesh_agent.report import Known, Report
 from vmmesh_agent.signals import SKEW
+from vmmesh_agent.store import Generation
 from vmmesh_agent.units import ISTIO, Units
 from vmmesh_agent.watch import Watch, describe
 from vmmesh_agent.world import LOCK, Step, World
@@ -78,6 +79,7 @@ class Daemon:
     _trial_since: float | None = field(default=None, init=False)
     _out_since: float | None = field(default=None, init=False)
     _opened: Condition | None = field(default=None, init=False)
+    _generation: Generation | None = field(default=None, init=False)  # in force, as far as we know
     _compared: float = field(default=0.0, init=False)
 
     def reload(self, config: Config) -> None:
@@ -208,7 +210,9 @@ class Daemon:
             self.log.warning("not undone", code=error.code, message=error.message)
 
     def _note_trial(self, *, is_new: bool) -> None:
-        """Remember since when a generation is on trial."""
+        """Remember which generation is in force, and since when it is on trial."""
+        membership = store.load(self.host)
+        self._generation = membership.current if membership else None
         if not trial.is_open(self.host):
             self._trial_since = None
         elif is_new or self._trial_since is None:
@@ -250,6 +254,7 @@ class Daemon:
         )
         try:
             with self.host.lock(LOCK):
+                begin(self.host)
                 Units(self.host).stop(ISTIO)
         except AgentError as error:
             self.log.warning("not stopped", unit=ISTIO, code=error.code, message=error.message)
@@ -266,9 +271,13 @@ class Daemon:
             with self.host.lock(LOCK):
                 for found in self.drift.mend(self._world(), self.watch):
                     self.log.warning("put back", found=found)
+                membership = store.load(self.host)
         except AgentError as error:
             if error.code != "locked":  # whoever is at work changes these very files
                 self.log.warning("not put back", code=error.code, message=error.message)
+            return
+        if membership and membership.current != self._generation:
+            self.is_hurried = True  # a person's `bootstrap` brought another: what we know of it is old
 
     def look(self) -> None:
         """See how the sidecar is, also while an attempt waits for the network; not more often than is of use."""

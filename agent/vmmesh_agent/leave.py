@@ -71,9 +71,11 @@ def _stop_sidecar(host: Host, noted: Found | None, progress: Progress) -> None:
     units = Units(host)
     with progress.step("sidecar") as step:
         if host.is_running:
-            units.stop(ISTIO)  # also where it is down: a start that waits is taken back
+            if units.exists(ISTIO):
+                units.stop(ISTIO)  # also where it is down: a start that waits is taken back
             host.remove(READY_MARK)
-            units.request_stop(READY)
+            if units.exists(READY):
+                units.request_stop(READY)
             if signals.is_captured(host):
                 host.run(_CLEAN, timeout=60, check=False)
             if signals.is_captured(host):

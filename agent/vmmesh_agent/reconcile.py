@@ -161,10 +161,17 @@ def plan_of(host: Host, membership: Membership, moment: datetime) -> tuple[place
 def restart_on(world: World, watch: Watch, changes: Sequence[place.Change]) -> None:
     """Make changes that the sidecar reads only when it starts, and start it on them."""
     with place.staged(world.host, changes) as staged, _running_again(world, _is_running(world)):
-        _begin(world.host)
+        begin(world.host)
         _stop(world)
         staged.commit()
     _start(world, watch)
+
+
+def begin(host: Host) -> None:
+    """Tell the journal that the sidecar is about to be stopped: whoever comes next starts it."""
+    membership = store.load(host)
+    if membership:
+        store.save(host, replace(membership, unfinished=True))
 
 
 def go_back(world: World, watch: Watch, membership: Membership) -> None:
@@ -287,7 +294,7 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
         # Only what fails starts the sidecar again: where we are told to end, the package manager is still at work.
         was_running = _is_running(world)
         _note_as_found(world, has_sidecar=package.plan.installed is not None)
-        _begin(host)
+        begin(host)
         _stop(world)
         try:
             install.apply(host, source, path, judged)
@@ -413,13 +420,6 @@ def _note_as_found(world: World, *, has_sidecar: bool) -> None:
                 bare=found.look(host, PLACED),
             ),
         )
-
-
-def _begin(host: Host) -> None:
-    """Tell the journal that the sidecar is about to be stopped."""
-    membership = store.load(host)
-    if membership:
-        store.save(host, replace(membership, unfinished=True))
 
 
 def _is_running(world: World) -> bool:
