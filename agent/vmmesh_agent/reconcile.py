@@ -75,7 +75,10 @@ def reconcile(world: World, watch: Watch, *, again: bool = False) -> Joined:
         was_running = _is_running(world)
         version, installed = _install(world, package)
     with _running_again(world, was_running):
-        placed = _place(world, generation, bundle)
+        membership = _following(world.host, generation)
+        if generation is fetched:  # what was given up is not handed out any more, or is tried again on purpose
+            membership = replace(membership, given_up=None)
+        placed = _place(world, membership, bundle)
     started = _start(world, watch)
     return Joined(bundle, version, (*installed, *placed, *started), clock_offset)
 
@@ -179,7 +182,7 @@ def go_back(world: World, watch: Watch, membership: Membership) -> None:
     assert membership.good is not None  # noqa: S101  # the caller's reason to go back
     back = membership.good.with_token_of(membership.current)
     bundle = verify(back.bundle, back.verified_at, resolves=lambda _: True)
-    _commit(world, membership.followed_by(back, membership.ssh_ports), bundle)
+    _place(world, membership.followed_by(back, membership.ssh_ports), bundle)
     _start(world, watch)
 
 
@@ -311,14 +314,7 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
         return judged.version, [f"{judged.name} {judged.version}"]
 
 
-def _place(world: World, generation: Generation, bundle: VerifiedBundle) -> list[str]:
-    membership = _following(world.host, generation)
-    if membership.given_up and membership.given_up.fingerprint == generation.fingerprint:
-        membership = replace(membership, given_up=None)  # it is tried again, on purpose
-    return _commit(world, membership, bundle)
-
-
-def _commit(world: World, membership: Membership, bundle: VerifiedBundle) -> list[str]:
+def _place(world: World, membership: Membership, bundle: VerifiedBundle) -> list[str]:
     """Put the files of a membership in place. It is in the journal before the first of them changes."""
     host = world.host
     with world.progress.step("place") as step:

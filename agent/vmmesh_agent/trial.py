@@ -7,6 +7,7 @@ one either, the generation was not to blame, and is tried again.
 
 from dataclasses import replace
 
+from vmmesh_agent import bundle as bundles
 from vmmesh_agent import install, store
 from vmmesh_agent.config import FirstJoin
 from vmmesh_agent.errors import HostError
@@ -14,7 +15,7 @@ from vmmesh_agent.health import Condition, Health, Severity, State
 from vmmesh_agent.host import Host
 from vmmesh_agent.leave import undo
 from vmmesh_agent.reconcile import go_back
-from vmmesh_agent.store import GivenUp, Membership
+from vmmesh_agent.store import Generation, GivenUp, Membership
 from vmmesh_agent.watch import Watch
 from vmmesh_agent.world import World
 
@@ -84,7 +85,8 @@ def _accept(world: World, membership: Membership) -> None:
 
 
 def _give_up(world: World, watch: Watch, membership: Membership, health: Health) -> bool:
-    reason = health.conditions[0].message if health.conditions else f"It is {health.state}."
+    waited = f"{world.config.healthy_within:g} s"
+    reason = health.conditions[0].message if health.conditions else f"It was still {health.state} after {waited}."
     if not membership.is_on_trial:  # not healthy on the last good one either
         store.save(world.host, replace(membership, given_up=None))
         return False
@@ -92,17 +94,27 @@ def _give_up(world: World, watch: Watch, membership: Membership, health: Health)
         if world.config.on_failure.first_join is FirstJoin.UNDO:
             _undo_join(world, health, reason)
         return False
-    world.progress.note(f"not healthy on the new bundle ({health.cause}): going back to the last good one")
-    given_up = GivenUp(membership.current.fingerprint, health.cause, reason, world.clock.now())
+    if health.cause == "istiod_unreachable" and _lead_to_the_same(membership.good, membership.current):
+        return False  # the way to istiod is what it was: going back would lead nowhere else
+    world.progress.note(f"not healthy on the new bundle ({_named(health)}): going back to the last good one")
+    given_up = GivenUp(membership.current.fingerprint, _named(health), reason, world.clock.now())
     go_back(world, watch, replace(membership, given_up=given_up))
     return True
+
+
+def _lead_to_the_same(one: Generation, other: Generation) -> bool:
+    return all(one.bundle.files[name] == other.bundle.files[name] for name in (bundles.MESH, bundles.HOSTS))
+
+
+def _named(health: Health) -> str:
+    return str(health.state) if health.cause == "none" else health.cause
 
 
 def _undo_join(world: World, health: Health, reason: str) -> None:
     undo(world.host, world.progress, with_package=True)
     hints = [condition.remedy for condition in health.conditions[:1] if condition.remedy]
     raise HostError(
-        f"the sidecar did not become healthy, and the machine was left as it was found ({health.cause}): {reason}",
+        f"the sidecar did not become healthy, and the machine was left as it was found ({_named(health)}): {reason}",
         code="join-undone",
         hint="\n".join(
             [

@@ -24,9 +24,10 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to istio-
 HEALTHY = Health(State.HEALTHY)
 FAILED = Health(
     State.FAILED,
-    "istiod_unreachable",
-    (Condition("istiod_unreachable", Severity.FAILED, "istiod cannot be reached.", "Look at the gateway."),),
+    "cluster_id_mismatch",
+    (Condition("cluster_id_mismatch", Severity.FAILED, "istiod does not know it.", "Look at the gateway."),),
 )
+UNREACHABLE = Health(State.FAILED, "istiod_unreachable")
 BAD = {"ISTIO_META_CLUSTER_ID": "nowhere"}
 MACHINE_ID = PurePosixPath("/etc/machine-id")
 
@@ -79,7 +80,7 @@ def test_the_last_good_generation_comes_back_with_the_newest_token(machine: Mach
     assert placed(machine) == before | {"istio-token": newest.encode()}
     assert machine.changes == ["systemctl stop", "systemctl start"]
     (condition,) = trial.standing(machine)
-    assert (condition.code, "istiod_unreachable" in condition.message) == ("bundle_given_up", True)
+    assert (condition.code, "cluster_id_mismatch" in condition.message) == ("bundle_given_up", True)
 
 
 def given_up(machine: Machine) -> None:
@@ -120,6 +121,24 @@ def test_another_bundle_is_tried_at_once(machine: Machine) -> None:
     assert trial.standing(machine) == []
 
 
+def test_handing_out_the_last_good_one_again_is_a_correction(machine: Machine) -> None:
+    given_up(machine)
+    machine.deliver()
+    machine.join()
+    assert trial.standing(machine) == []
+
+
+def test_a_new_bundle_is_not_blamed_for_a_way_that_it_did_not_change(machine: Machine) -> None:
+    machine.join()
+    conclude(machine, HEALTHY)
+    machine.deliver(environment=BAD)
+    machine.join()
+    before = placed(machine)
+    assert conclude(machine, UNREACHABLE) is False
+    assert placed(machine) == before
+    assert trial.is_open(machine)
+
+
 def test_what_fails_on_the_old_generation_too_is_not_the_fault_of_the_new_one(machine: Machine) -> None:
     machine.join()
     conclude(machine, HEALTHY)
@@ -149,7 +168,7 @@ def test_a_first_join_that_fails_leaves_nothing_behind(machine: Machine) -> None
     with pytest.raises(AgentError) as caught:
         conclude(machine, FAILED)
     assert caught.value.code == "join-undone"
-    assert "istiod cannot be reached" in caught.value.message
+    assert "istiod does not know it" in caught.value.message
     after = {name: entry[1:] for name, entry in machine.everything().items()}
     # The log folder of the package stays, and the agent's own is empty.
     ours = ("var/log/istio", "var/lib/vmmesh-agent", "lib", "run/vmmesh-agent")
