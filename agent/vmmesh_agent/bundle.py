@@ -55,7 +55,9 @@ class BundleRefusedError(AgentError):
             message, code = f"the bundle was refused: {problems[0]}", problems[0].code
         else:
             reasons = "".join(f"\n  {problem} [{problem.code}]" for problem in problems)
-            message, code = f"the bundle was refused for {len(problems)} reasons:{reasons}", "bundle-refused"
+            codes = {problem.code for problem in problems}
+            message = f"the bundle was refused for {len(problems)} reasons:{reasons}"
+            code = codes.pop() if len(codes) == 1 else "bundle-refused"
         hints = dict.fromkeys(problem.hint for problem in problems if problem.hint)
         super().__init__(message, code=code, hint="\n".join(hints) or "mend the bundle where it is made", retry=True)
 
@@ -135,7 +137,7 @@ def unpack(data: bytes) -> Bundle:
         return _from_document(data)
     raise _unreadable(
         "bundle-unknown-format",
-        f"it is neither JSON nor a tar archive; it begins with {bytes(data[:24])!r}",
+        f"it is neither JSON nor a tar archive; it begins with {bytes(data[:24])!r}" if data else "it is empty",
         hint="see that endpoint.url leads to a bundle and not to a login or error page",
     )
 

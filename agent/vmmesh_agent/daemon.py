@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
 from pathlib import PurePosixPath
 
 from vmmesh_agent import clock as clocks
@@ -25,6 +24,7 @@ from vmmesh_agent.log import Logger
 from vmmesh_agent.reconcile import Joined, begin, reconcile
 from vmmesh_agent.render import Activity
 from vmmesh_agent.report import Known, Report
+from vmmesh_agent.schedule import LONGEST_WAIT, Schedule
 from vmmesh_agent.signals import SKEW
 from vmmesh_agent.store import Generation
 from vmmesh_agent.units import ISTIO, Units
@@ -37,10 +37,7 @@ _OBSERVE_SECONDS = 2.0
 _DRIFT_SECONDS = 10.0
 _SAVE_SECONDS = 20.0  # well within report.FRESH_SECONDS
 _ATTEMPT_SECONDS = 60.0  # of fetching; then the loop looks how the sidecar is before it tries again
-_FIRST_WAIT, _LONGEST_WAIT = 10.0, 600.0  # between attempts that failed
 _LOOK_AT_CLOCK_SECONDS = 60.0  # until the next request, while ours and the endpoint's clock differ
-_REFRESH = (0.5, 0.7)  # of the token's life; where in between is chance, so that a fleet does not come at once
-_LATE_REFRESH = 0.2  # of what is left of it: where the endpoint has no newer token yet, it is asked now and then
 
 # What a new token, or the sidecar's start on it, may mend: worth an attempt before its time, now and then.
 _URGENT = frozenset({"cert_expired", "token_missing", "token_rejected", "root_cert_mismatch"})
@@ -62,7 +59,6 @@ class Daemon:
 
     joined: Joined | None = field(default=None, init=False)
     trouble: AgentError | None = field(default=None, init=False)
-    failures: int = field(default=0, init=False)
     reported: Report | None = field(default=None, init=False)
     seen: Health | None = field(default=None, init=False)  # of the sidecar alone
     activity: Activity = field(default_factory=Activity, init=False)
@@ -73,9 +69,8 @@ class Daemon:
     looked: float = field(default=float("-inf"), init=False)
     is_hurried: bool = field(default=True, init=False)
 
-    _attempted: float = field(default=0.0, init=False)
-    _next_attempt: float = field(default=0.0, init=False)
-    _refresh_at: datetime | None = field(default=None, init=False)
+    _schedule: Schedule = field(init=False)
+    _blind: str = field(default="", init=False)  # the code of what keeps the state from being seen or told
     _trial_since: float | None = field(default=None, init=False)
     _out_since: float | None = field(default=None, init=False)
     _opened: Condition | None = field(default=None, init=False)
@@ -85,7 +80,7 @@ class Daemon:
     def reload(self, config: Config) -> None:
         """Take over another configuration, and try at once what it says; for a signal handler, so it only notes."""
         self.config = config
-        self.failures = 0
+        self._schedule.forgive()
         self.is_hurried = True
 
     def run(self) -> None:
@@ -100,6 +95,7 @@ class Daemon:
 
     def begin(self) -> None:
         """Take up what was known when the last daemon ended."""
+        self._schedule = Schedule(self.clock, self.chance)
         self.reported = report.load(self.host)
         known = (self.reported.unit.invocation, self.reported.health) if self.reported else None
         self.watch = Watch(self.host, Units(self.host), known=known)
@@ -107,7 +103,8 @@ class Daemon:
 
     def turn(self) -> None:
         """Do what is due."""
-        if self._is_due():
+        is_urgent = self.seen is not None and self.seen.cause in _URGENT
+        if self.is_hurried or self._schedule.is_due(is_urgent=is_urgent):
             self.is_hurried = False
             self._attempt()
         self.look()
@@ -123,18 +120,9 @@ class Daemon:
 
     # --- joining, and staying joined ---
 
-    def _is_due(self) -> bool:
-        """Is it time for an attempt? A clock that was set forward makes the token old at once."""
-        if self.is_hurried or self.clock.seconds() >= self._next_attempt:
-            return True
-        if self._refresh_at and self.clock.now() >= self._refresh_at:
-            return True
-        is_urgent = self.seen is not None and self.seen.cause in _URGENT
-        return is_urgent and self.clock.seconds() >= self._attempted + _LONGEST_WAIT
-
     def _attempt(self) -> None:
         """Reconcile once, and say when to do it again."""
-        self._attempted = self.clock.seconds()
+        self._schedule.begins()
         try:
             with self.host.lock(LOCK, _ATTEMPT_SECONDS):  # a person's `bootstrap` goes first
                 self.joined = reconcile(self._world(_ATTEMPT_SECONDS), self.watch)
@@ -148,14 +136,13 @@ class Daemon:
             self._note_trial(is_new=False)
             return
         self.tell(None)
-        self.failures = 0
         self._opened = None
         if self.joined.changed:
             self.log.info("changed", what=list(self.joined.changed))
         self._note_trial(is_new=any(ISTIO in change for change in self.joined.changed))
-        wait = self._until_refresh(self.joined)
-        self._next_attempt = self.clock.seconds() + wait
-        self._refresh_at = self.clock.now() + timedelta(seconds=wait)
+        self._schedule.succeeded(self.joined.bundle.token_issued_at, self.joined.bundle.token_expires_at)
+        if abs(self.joined.clock_offset or 0.0) > SKEW.total_seconds():
+            self._schedule.wait(_LOOK_AT_CLOCK_SECONDS)
 
     def _world(self, patience: float | None = None) -> World:
         return World(
@@ -175,30 +162,10 @@ class Daemon:
 
     def _note_failure(self, error: AgentError) -> None:
         self.tell(error)
-        self.failures += 1
         if isinstance(error, FetchError) and not error.retry:  # the others were counted at each retry
             self.activity.fetch_failures[error.code] += 1
-        wait = self._back_off()
-        self._next_attempt = self.clock.seconds() + wait
-        self._refresh_at = None
+        wait = self._schedule.failed(error)
         self.log.warning("attempt failed", code=error.code, message=error.message, next_attempt_seconds=round(wait))
-
-    def _back_off(self) -> float:
-        """Exponential with full jitter; a refusal is not hammered."""
-        floor = _FIRST_WAIT if self.trouble and self.trouble.retry else _FIRST_WAIT * 6
-        return floor + self.chance() * min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** min(self.failures, 10))
-
-    def _until_refresh(self, joined: Joined) -> float:
-        """Return the seconds until the token has used up half of its life and some more."""
-        low, high = _REFRESH
-        now = self.clock.now()
-        begin = joined.bundle.token_issued_at or now
-        life = (joined.bundle.token_expires_at - begin).total_seconds()
-        left = (joined.bundle.token_expires_at - now).total_seconds()
-        share = low + (high - low) * self.chance()
-        if joined.clock_offset is not None and abs(joined.clock_offset) > SKEW.total_seconds():
-            return _LOOK_AT_CLOCK_SECONDS
-        return max(_FIRST_WAIT, (begin - now).total_seconds() + life * share, left * _LATE_REFRESH)
 
     # --- what comes of it ---
 
@@ -249,7 +216,7 @@ class Daemon:
             "capture_opened",
             Severity.FAILED,
             f"The sidecar failed ({self.seen.cause}) and was stopped, so that this VM has its network; it is started"
-            f" again within {_LONGEST_WAIT / 60:.0f} min.",
+            f" again within {LONGEST_WAIT / 60:.0f} min.",
             "See why it failed: `vmmesh-agent logs`. (on_failure.joined: open)",
         )
         try:
@@ -260,8 +227,7 @@ class Daemon:
             self.log.warning("not stopped", unit=ISTIO, code=error.code, message=error.message)
             return
         self.log.warning("opened", unit=ISTIO, cause=self.seen.cause)
-        self._next_attempt = self.clock.seconds() + _LONGEST_WAIT
-        self._refresh_at = None
+        self._schedule.wait(LONGEST_WAIT)
 
     def _mend_drift(self) -> None:
         if self.clock.seconds() - self._compared < _DRIFT_SECONDS:
@@ -283,7 +249,13 @@ class Daemon:
         """See how the sidecar is, also while an attempt waits for the network; not more often than is of use."""
         if self.clock.seconds() - self.looked >= _OBSERVE_SECONDS * 0.9:
             self.looked = self.clock.seconds()
-            self._report()
+            try:
+                self._report()
+                self._blind = ""
+            except AgentError as error:
+                if error.code != self._blind:
+                    self.log.warning("not seen or not told", code=error.code, message=error.message)
+                self._blind = error.code
 
     def _report(self) -> None:
         """Tell the status record and systemd; write only what is new, or old enough to look stale."""

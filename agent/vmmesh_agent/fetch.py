@@ -260,7 +260,12 @@ def _bearer(host: Host, credential: Credential, patience: float | None) -> str:
     else:
         return ""
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise FetchError(f"{source} gave no usable token (one word of text)", code="credential-invalid", retry=True)
+        raise FetchError(
+            f"{source} gave no usable token (one word of text)",
+            code="credential-invalid",
+            hint="see endpoint.credential",
+            retry=True,
+        )
     return token
 
 
@@ -277,7 +282,12 @@ def _executed(host: Host, argv: Sequence[str], patience: float | None) -> str:
             retry=True,
         )
     if len(done.stdout) > _MAX_CREDENTIAL:
-        raise FetchError(f"{argv[0]} printed more than a credential", code="credential-invalid", retry=True)
+        raise FetchError(
+            f"{argv[0]} printed more than a credential",
+            code="credential-invalid",
+            hint="run it by hand, as root",
+            retry=True,
+        )
     return done.stdout.strip()
 
 
@@ -306,15 +316,16 @@ def _child(host: Host, request: Mapping[str, Any], *descriptors: int) -> Iterato
     try:
         assert child.stdin is not None  # noqa: S101  # started with pipes
         with suppress(BrokenPipeError):  # it died at once; what it said tells why
-            child.stdin.write(json.dumps(request).encode())
-            child.stdin.close()
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.flush()  # and it stays open: where it closes, we are gone, and the child goes too
         yield child
     finally:
         child.kill()
         child.wait()
-        for pipe in (child.stdout, child.stderr):
-            if pipe:
-                pipe.close()
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            with suppress(BrokenPipeError):
+                if pipe:
+                    pipe.close()
 
 
 def _last_event(
@@ -380,4 +391,9 @@ def _last_words(child: Child) -> str:
 
 
 def _broken(answer: str) -> FetchError:
-    return FetchError(f"the network child broke; it said {answer}", code="network-child-broken", retry=True)
+    return FetchError(
+        f"the network child broke; it said {answer}",
+        code="network-child-broken",
+        hint="it is tried again by itself; if it stays so, send the archive of `vmmesh-agent collect-logs` to support",
+        retry=True,
+    )

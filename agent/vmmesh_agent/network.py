@@ -1,11 +1,12 @@
 """The network child: the only part that speaks to the network, in a process of its own without privileges.
 
-    python -m vmmesh_agent.network UID GID < request
+    python -m vmmesh_agent.network UID GID
 
 Privileges go once the modules are loaded and before a byte of the request is read.
 
-The request is one JSON document on standard input, credentials included; nothing secret is in an argument, in
-the environment or on disk. The answer is JSON lines on standard output, each an object with the key `event`:
+The request is one line of JSON on standard input, credentials included; nothing secret is in an argument, in the
+environment or on disk. The parent keeps that pipe open: where it closes, the parent is gone, and so is the child. The
+answer is JSON lines on standard output, each an object with the key `event`:
 
     retry         an attempt failed and another will follow: code, message, hint, wait (seconds)
     bundle        bundle (version 1 of the format), etag, clock_offset (the endpoint's less ours, in seconds, or null)
@@ -21,10 +22,12 @@ exponential back-off and full jitter, `Retry-After` honoured; the parent ends th
 import _ssl  # for the one constant that `ssl` does not pass on
 import contextlib
 import email.utils
+import fcntl
 import json
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import ssl
@@ -48,12 +51,13 @@ _MAX_PACKAGE_SECONDS = 3600.0
 _MAX_REDIRECTS = 5
 
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+_SOURCE_LINE = re.compile(r" ?\(_ssl\.c:\d+\)")  # where in the interpreter OpenSSL was called
 
 # OpenSSL's verification results (x509_vfy.h) that deserve words of their own.
 _NOT_YET_VALID, _EXPIRED, _WRONG_NAME = 9, 10, 62
 
 
-_TRIED_AGAIN = "it is tried again by itself; see that the endpoint runs, and that no firewall stands between"
+_TRIED_AGAIN = "it is tried again by itself; see that the server runs, and that no firewall stands between"
 
 
 class _PassingError(FetchError):
@@ -75,7 +79,8 @@ class _ChainSeen(BaseException):  # ends the probe on purpose, and no handler of
 def main() -> int:
     """Answer one request. The exit status says nothing; the last line does."""
     _drop_privileges(int(sys.argv[1]), int(sys.argv[2]))
-    request = json.loads(sys.stdin.buffer.read())
+    request = json.loads(sys.stdin.buffer.readline())
+    _end_with_parent()
     try:
         answer = _tried(request)
     except AgentError as error:
@@ -94,6 +99,14 @@ def _drop_privileges(uid: int, gid: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold the credential
 
 
+def _end_with_parent() -> None:
+    """Be ended by SIGIO once standard input is closed: the parent alone holds its other end."""
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, os.O_ASYNC)
+    if select.select([0], [], [], 0)[0]:  # it was closed already
+        sys.exit()
+
+
 def _tried(request: Mapping[str, Any]) -> dict[str, Any]:
     """Make attempts until one is answered or refused."""
     attempt = {"bundle": _bundle, "package": _package, "probe": _probe}[request["kind"]]
@@ -103,7 +116,14 @@ def _tried(request: Mapping[str, Any]) -> dict[str, Any]:
         before_sleep=_announce,
         reraise=True,
     )
-    return retrying(attempt, request)
+    try:
+        return retrying(attempt, request)
+    except httpx.InvalidURL as error:
+        raise FetchError(
+            f"the address makes no sense: {printable(str(error))}",
+            code="endpoint-address-invalid",
+            hint=f"see {_setting(request['kind'])}",
+        ) from None
 
 
 _full_jitter = tenacity.wait_random_exponential(multiplier=1, max=_MAX_WAIT)
@@ -146,8 +166,6 @@ def _bundle(request: Mapping[str, Any]) -> dict[str, Any]:
             "clock_offset": _seconds_until(response.headers.get("Date", "")),
         }
         if response.status_code == httpx.codes.NOT_MODIFIED:
-            if "If-None-Match" not in headers:
-                raise FetchError("the endpoint says 'not modified' unasked", code="endpoint-malformed-answer")
             return {"event": "not-modified", **seen}
         content = bytearray()
         for chunk in _body(response, limit=bundle.MAX_BYTES):
@@ -206,13 +224,18 @@ def _within(seconds: float, address: str) -> Iterator[None]:
 
 def _body(response: httpx.Response, *, limit: int) -> Iterator[bytes]:
     """Yield the body as it comes, within its limit of size."""
-    too_large = FetchError(f"the endpoint sent more than {limit // 1024**2} MiB", code="endpoint-sent-too-much")
+    way = _way_of(response)
+    too_large = FetchError(
+        f"{way.who} sent more than {limit // 1024**2} MiB",
+        code="endpoint-sent-too-much",
+        hint=f"see that {way.setting} leads to a {way.kind}",
+    )
     if (response.headers.get("Content-Encoding") or "identity") != "identity":
-        raise FetchError("the endpoint compressed its answer unasked", code="endpoint-malformed-answer")
+        raise _malformed(f"{way.who} compressed its answer unasked")
     if int(response.headers.get("Content-Length") or 0) > limit:
         raise too_large
     received = 0
-    with _understood(response.request):
+    with _understood(way):
         for chunk in response.iter_raw(_CHUNK):
             received += len(chunk)
             if received > limit:
@@ -231,11 +254,9 @@ def _response(
     if request["bearer"]:
         outgoing["Authorization"] = f"Bearer {request['bearer']}"
     with _client(request, context) as client:
-        target = client.build_request("GET", request["url"], headers=outgoing)
-        with _understood(target):
-            response = client.send(target, stream=True)
-            if follow_redirects:
-                response = _redirected(client, response)
+        response = _send(client, client.build_request("GET", request["url"], headers=outgoing), request["kind"])
+        if follow_redirects:
+            response = _redirected(client, response)
         try:
             _refuse_errors(response)
             yield response
@@ -266,14 +287,61 @@ def _redirected(client: httpx.Client, response: httpx.Response) -> httpx.Respons
     """Follow redirections, to https only; httpx leaves the credential out for another host."""
     for _ in range(_MAX_REDIRECTS):
         onward = response.next_request
-        if onward is None:
-            return response
-        response.close()
-        if onward.url.scheme != "https":
+        if onward is None or onward.url.scheme != "https":
             break
-        response = client.send(onward, stream=True)
-    where = printable(response.headers.get("Location", ""))
-    raise FetchError(f"redirected to {where!r}, which is not followed", code="endpoint-redirects")
+        response.close()
+        response = _send(client, onward, _way_of(response).kind)
+    return response
+
+
+# --- the way there ---
+
+
+class _Way:
+    """What a request is for, and how far it got: httpcore calls it, as the extension `trace`, with all that it does."""
+
+    def __init__(self, url: httpx.URL, kind: str) -> None:
+        self.kind = kind
+        self.who = "the package's server" if kind == "package" else "the endpoint"
+        self.setting = _setting(kind)
+        self.target = f"{url.raw_host.decode()}:{url.port or 443}"
+        self.peer = self.target  # whom it speaks to: a proxy, where there is one, until that has opened its tunnel
+        self.is_connected = False
+
+    def __call__(self, event: str, info: Mapping[str, Any]) -> None:
+        by, _, what = event.partition(".")
+        if what == "connect_tcp.started":
+            self.peer = f"{info['host']}:{info['port']}"
+        elif what == "connect_tcp.complete":
+            self.is_connected = True
+        elif what == "start_tls.started" and by != "connection":
+            self.peer = self.target
+
+
+class _Probe(_Way):
+    """Ends the request at the handshake: what would be sent never is."""
+
+    def __call__(self, event: str, info: Mapping[str, Any]) -> None:
+        super().__call__(event, info)
+        if event.endswith(".start_tls.complete") and self.peer == self.target:
+            raise _ChainSeen(_certificates_of(info["return_value"].get_extra_info("ssl_object")))
+
+
+def _setting(kind: str) -> str:
+    """Say where the address comes from."""
+    return "the package's address (in the bundle, or sidecar.package)" if kind == "package" else "endpoint.url"
+
+
+def _send(client: httpx.Client, request: httpx.Request, kind: str, trace: type[_Way] = _Way) -> httpx.Response:
+    """Send the request and return the head of the answer."""
+    way = request.extensions["trace"] = trace(request.url, kind)
+    with _understood(way):
+        return client.send(request, stream=True)
+
+
+def _way_of(response: httpx.Response) -> _Way:
+    way: _Way = response.request.extensions["trace"]
+    return way
 
 
 # --- trust ---
@@ -285,7 +353,9 @@ def _trusting(request: Mapping[str, Any]) -> ssl.SSLContext:
         return ssl.create_default_context(cadata=request["ca"] or None)
     except ssl.SSLError as error:
         raise FetchError(
-            f"endpoint.ca_file holds no usable certificate: {error.reason}", code="ca-file-invalid"
+            f"endpoint.ca_file holds no usable certificate: {error.reason}",
+            code="ca-file-invalid",
+            hint="put the PEM of the endpoint's CA there",
         ) from None
 
 
@@ -320,32 +390,12 @@ def _trusting_pins(request: Mapping[str, Any]) -> ssl.SSLContext:
 def _chain(request: Mapping[str, Any], context: ssl.SSLContext) -> list[bytes]:
     """Return the DER of the certificates that the server shows, and of the root that OpenSSL found to them."""
 
-    is_connected = False
-
-    def look(event: str, info: Mapping[str, Any]) -> None:
-        nonlocal is_connected
-        is_connected = is_connected or event.endswith(".connect_tcp.complete")
-        if event.endswith(".start_tls.complete"):
-            connection = info["return_value"].get_extra_info("ssl_object")
-            raise _ChainSeen(_certificates_of(connection))
-
     with _client(request, context) as client:
-        target = client.build_request("GET", request["url"], extensions={"trace": look})
         try:
-            with _understood(target):
-                client.send(target, stream=True)
+            _send(client, client.build_request("GET", request["url"]), request["kind"], _Probe)
         except _ChainSeen as seen:
             return seen.chain
-        except _PassingError as error:
-            if is_connected and error.code == "endpoint-unreachable":
-                raise _PassingError(
-                    f"{target.url.host}:{target.url.port or 443} accepts connections, and does not answer in the TLS"
-                    " handshake",
-                    code="endpoint-handshake-silent",
-                    hint="see what stands between (a proxy, a gateway without this name), and the path's MTU",
-                ) from error
-            raise
-    raise FetchError("the endpoint did not speak TLS", code="endpoint-not-tls")
+    raise FetchError("the endpoint did not speak TLS", code="endpoint-not-tls", hint="see the port in endpoint.url")
 
 
 def _certificates_of(connection: Any) -> list[bytes]:
@@ -365,7 +415,9 @@ def _present_client_certificate(context: ssl.SSLContext, request: Mapping[str, A
             x509.load_chain(context, request["client_certificate"].encode())
         except ssl.SSLError as error:
             raise FetchError(
-                f"the client certificate and its key do not fit: {error.reason}", code="client-certificate-invalid"
+                f"the client certificate and its key do not fit: {error.reason}",
+                code="client-certificate-invalid",
+                hint="see endpoint.credential.client_certificate",
             ) from None
 
 
@@ -388,26 +440,55 @@ _REFUSALS = {
 
 
 def _refuse_errors(response: httpx.Response) -> None:
-    """Raise what an answer other than 200 and 304 means."""
-    status = response.status_code
-    if status in {200, 304}:
+    """Raise what an answer means that is neither 200 nor the 304 that was asked for."""
+    status, way = response.status_code, _way_of(response)
+    if status == 200:
+        return
+    if status == 304:
+        _refuse_wrong_304(response)
         return
     reason = _reason(response)
     said = f" ({status}{': ' + reason if reason else ''})"
+    if status in _REFUSALS and way.kind == "package":
+        address = printable(f"https://{response.url.netloc.decode()}{response.url.path}")
+        raise FetchError(f"{address} has no package for us{said}", code="package-missing", hint=f"see {way.setting}")
     if status in _REFUSALS:
         code, meaning, hint = _REFUSALS[status]
         raise FetchError(f"the endpoint {meaning}{said}", code=code, hint=hint)
-    if status == 429 or status >= 500:
+    if status in {408, 429} or status >= 500:
         code = "endpoint-busy" if status == 429 else "endpoint-failing"
-        raise _PassingError(f"the endpoint cannot answer now{said}", code=code, retry_after=_retry_after(response))
+        raise _PassingError(f"{way.who} cannot answer now{said}", code=code, retry_after=_retry_after(response))
     if response.is_redirect:
         where = printable(response.headers.get("Location", ""))
         raise FetchError(
-            f"the endpoint redirects to {where!r}, which is not followed",
+            f"{way.who} redirects to {where!r}, which is not followed",
             code="endpoint-redirects",
-            hint="see endpoint.url",
+            hint=f"see {way.setting}",
         )
-    raise FetchError(f"the endpoint gave an answer that makes no sense here{said}", code="endpoint-refused")
+    raise FetchError(
+        f"{way.who} gave an answer that makes no sense here{said}",
+        code="endpoint-refused",
+        hint=f"see {way.setting}, and the server's log",
+    )
+
+
+def _refuse_wrong_304(response: httpx.Response) -> None:
+    """Raise if a 304 is not about the bundle that we have; without an ETag it can only be about that."""
+    ours = response.request.headers.get("If-None-Match")
+    theirs = response.headers.get("ETag", ours)
+    if ours is None:
+        raise _malformed("the endpoint says 'not modified' unasked")
+    if theirs.removeprefix("W/") != ours.removeprefix("W/"):
+        raise _malformed("the endpoint says 'not modified' of another bundle than ours", retry=True)
+
+
+def _malformed(message: str, *, retry: bool = False) -> FetchError:
+    return FetchError(
+        message,
+        code="endpoint-malformed-answer",
+        hint="see what stands between (a proxy or CDN that compresses or caches), and the server itself",
+        retry=retry,
+    )
 
 
 def _reason(response: httpx.Response) -> str:
@@ -451,42 +532,52 @@ def _seconds_until(date: str) -> float | None:
 
 
 @contextlib.contextmanager
-def _understood(request: httpx.Request) -> Iterator[None]:
+def _understood(way: _Way) -> Iterator[None]:
     """Turn what the transport raises into what it means."""
-    where = f"{request.url.host}:{request.url.port or 443}"
     try:
         yield
     except httpx.HTTPError as error:
-        _explain(error, where)
-    except httpx.InvalidURL as error:
-        raise FetchError(f"the address makes no sense: {error}", code="endpoint-address-invalid") from None
+        raise (_explained(error, way) if way.peer == way.target else _proxy_failed(error, way)) from error
 
 
-def _explain(error: httpx.HTTPError, where: str) -> NoReturn:
+def _proxy_failed(error: httpx.HTTPError, way: _Way) -> FetchError:
+    what = "refused" if isinstance(error, httpx.ProxyError) else "cannot be reached"
+    return _PassingError(
+        f"the proxy {way.peer} {what}: {_words(error)}",
+        code="proxy-refused",
+        hint="see https_proxy, and that the proxy runs",
+    )
+
+
+def _explained(error: httpx.HTTPError, way: _Way) -> FetchError:
+    where = way.target
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            raise _distrust(cause, where) from error
+            return _distrust(cause, way)
         if isinstance(cause, ssl.SSLError):
-            raise _handshake_failed(cause, where) from error
+            return _handshake_failed(cause, way)
         if isinstance(cause, socket.gaierror):
-            raise _PassingError(
+            return _PassingError(
                 f"the name {where.rpartition(':')[0]!r} cannot be resolved: {cause.strerror}",
                 code="endpoint-name-not-found",
-                hint="see endpoint.url and this machine's DNS",
-            ) from error
+                hint=f"see {way.setting} and this machine's DNS",
+            )
         if isinstance(cause, ConnectionRefusedError):
-            raise _PassingError(f"{where} refuses connections", code="endpoint-refuses-connections") from error
+            return _PassingError(f"{where} refuses connections", code="endpoint-refuses-connections")
         if isinstance(cause, ConnectionResetError):
-            raise _PassingError(f"{where} reset the connection", code="endpoint-reset") from error
-    said = printable(str(error))
+            return _PassingError(f"{where} reset the connection", code="endpoint-reset")
+    if isinstance(error, httpx.ConnectTimeout) and way.is_connected:
+        return _PassingError(
+            f"{where} accepts connections, and does not answer in the TLS handshake",
+            code="endpoint-handshake-silent",
+            hint="see what stands between (a proxy, a gateway without this name), and the path's MTU",
+        )
     if isinstance(error, httpx.TimeoutException):
         code = "endpoint-unreachable" if isinstance(error, httpx.ConnectTimeout) else "endpoint-too-slow"
-        raise _PassingError(f"{where} does not answer in time", code=code) from error
-    if isinstance(error, httpx.ProxyError):
-        raise _PassingError(f"the proxy refused: {said}", code="proxy-refused", hint="see https_proxy") from error
+        return _PassingError(f"{where} does not answer in time", code=code)
     if isinstance(error, httpx.RemoteProtocolError):
-        raise _PassingError(f"{where} broke off its answer: {said}", code="endpoint-broke-off") from error
-    raise _PassingError(f"{where} cannot be reached: {said}", code="endpoint-unreachable") from error
+        return _PassingError(f"{where} broke off its answer: {_words(error)}", code="endpoint-broke-off")
+    return _PassingError(f"{where} cannot be reached: {_words(error)}", code="endpoint-unreachable")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -495,46 +586,59 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _distrust(error: ssl.SSLCertVerificationError, where: str) -> FetchError:
-    detail = error.verify_message
+def _words(error: BaseException) -> str:
+    return printable(_SOURCE_LINE.sub("", str(error)))
+
+
+def _distrust(error: ssl.SSLCertVerificationError, way: _Way) -> FetchError:
+    detail = printable(error.verify_message)
     if error.verify_code == _EXPIRED:
         return FetchError(
-            f"the certificate of {where} has expired",
+            f"a certificate of {way.target} (its own, or its CA's) has expired",
             code="endpoint-certificate-expired",
-            hint="renew it at the endpoint; or this machine's clock is wrong (timedatectl)",
+            hint="renew it there; or this machine's clock is wrong (timedatectl)",
         )
     if error.verify_code == _NOT_YET_VALID:
         return FetchError(
-            f"the certificate of {where} is not valid yet",
+            f"a certificate of {way.target} (its own, or its CA's) is not valid yet",
             code="endpoint-certificate-not-yet-valid",
             hint="see that this machine's clock is right (timedatectl)",
         )
     if error.verify_code == _WRONG_NAME or "match" in detail:
         return FetchError(
-            f"the certificate is not for {where}: {printable(detail)}",
+            f"the certificate is not for {way.target}: {detail}",
             code="endpoint-wrong-name",
-            hint="see the host in endpoint.url, and the names in the endpoint's certificate",
+            hint=f"see the host in {way.setting}, and the names in the certificate",
         )
     return FetchError(
-        f"the certificate of {where} is not signed by a CA that is trusted here: {printable(detail)}",
+        f"the certificate of {way.target} is not signed by a CA that is trusted here: {detail}",
         code="endpoint-unknown-ca",
-        hint="set endpoint.ca_file or endpoint.ca_pins",
+        hint="the package's server needs a certificate that this system trusts; or let the endpoint serve the package"
+        if way.kind == "package"
+        else "set endpoint.ca_file or endpoint.ca_pins",
     )
 
 
-def _handshake_failed(error: ssl.SSLError, where: str) -> FetchError:
-    reason = (error.reason or str(error)).replace("_", " ").lower()
+def _handshake_failed(error: ssl.SSLError, way: _Way) -> FetchError:
+    reason = error.reason.replace("_", " ").lower() if error.reason else _words(error)
     if error.reason in {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}:
         return FetchError(
-            f"{where} does not speak TLS ({reason})", code="endpoint-not-tls", hint="see the port in endpoint.url"
+            f"{way.target} does not speak TLS ({reason})",
+            code="endpoint-not-tls",
+            hint=f"see the port in {way.setting}",
         )
     if "certificate required" in reason or "bad certificate" in reason:
         return FetchError(
-            f"{where} wants a client certificate that it trusts ({reason})",
+            f"{way.target} wants a client certificate that it trusts ({reason})",
             code="endpoint-unauthorized",
             hint="see endpoint.credential.client_certificate",
         )
-    return _PassingError(f"the TLS handshake with {where} failed: {reason}", code="endpoint-handshake-failed")
+    is_closed = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    return _PassingError(
+        f"the TLS handshake with {way.target} failed: {reason}",
+        code="endpoint-handshake-failed",
+        hint=_TRIED_AGAIN if is_closed else "see that the server speaks TLS 1.2 or later",
+    )
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ class Rpm:
     def inspect(self, path: PurePosixPath) -> PackageFile:
         form = "%{NAME}\n%{VERSION}-%{RELEASE}\n%{ARCH}\n%{LONGSIZE}\n"
         file = str(self._host.outside(path))
-        found = self._host.run(["rpm", "-q", "--nosignature", "--queryformat", form, "-p", file], check=False)
+        # What is no package would be read as a manifest: a list of paths and addresses that rpm opens.
+        query = ["rpm", "-q", "--nomanifest", "--nosignature", "--queryformat", form, "-p", file]
+        found = self._host.run(query, check=False)
         _succeed_in_reading(path, "rpm", found)
         name, version, arch, size = found.stdout.split()[-4:]
         return PackageFile(name, version, arch, int(size))

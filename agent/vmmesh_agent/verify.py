@@ -327,14 +327,14 @@ def _workload(
         )
         return None
     workload = Workload(namespaces.pop(), name)
-    for wanted, whose in ((delivered, "the bundle says it is for"), (expected, "the configuration asks for")):
-        if wanted and wanted != workload:
-            findings.refuse(
-                "wrong-workload",
-                bundles.CLUSTER_ENV,
-                f"it is for {workload}, but {whose} {wanted}",
-                "see workload_group in the configuration, and what the endpoint serves",
-            )
+    claims = (("the bundle says it is for", delivered), ("the configuration asks for", expected))
+    if others := [f"{whose} {wanted}" for whose, wanted in claims if wanted and wanted != workload]:
+        findings.refuse(
+            "wrong-workload",
+            bundles.CLUSTER_ENV,
+            f"it is for {workload}, but {' and '.join(others)}",
+            "see workload_group in the configuration, and what the endpoint serves",
+        )
     return workload
 
 
