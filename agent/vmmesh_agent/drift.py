@@ -41,7 +41,10 @@ class Drift:
         if membership is None or membership.unfinished:
             return []
         now = world.clock.now()
-        changes = plan_of(world.host, membership, now)
+        planned = plan_of(world.host, membership, now)
+        if fewer_roots := [change for change in planned if change.what == place.FEWER_ROOTS]:
+            place.apply(world.host, fewer_roots)
+        changes = [change for change in planned if change.what != place.FEWER_ROOTS]
         deviant = {change.path for change in changes}
         self._put_back = {
             path: put for path, put in self._put_back.items() if path in deviant or now - put.at < _MEMORY

@@ -40,6 +40,9 @@ FOLDERS = (
 )
 
 
+# pilot-agent writes the roots of its last certificate, which may be fewer than the cluster has: nobody's mistake.
+FEWER_ROOTS = "fewer roots"
+
 # What a change is → what somebody found who did not expect to have to make it.
 _FOUND = {
     "new folder": "was gone",
@@ -47,6 +50,7 @@ _FOUND = {
     "new": "was gone",
     "content": "had other content",
     "owner or mode": "had another owner or mode",
+    FEWER_ROOTS: "lacked roots that the cluster has",
     "block": "had lost or altered the agent's lines",
 }
 
@@ -130,7 +134,7 @@ def plan(
     files = (_file_change(host, TABLE[name], content, owner) for name, content in contents.items())
     if bundle.root_cert == previous_root:
         # No news from the cluster: the sidecar runs on these roots, whatever became of the file since.
-        files = (replace(change, restarts=False) if change and change.path == ROOT_CERT else change for change in files)
+        files = (_without_restart(change) if change and change.path == ROOT_CERT else change for change in files)
     return tuple(change for change in (*folders, *files, _hosts_change(host, bundle.hosts)) if change)
 
 
@@ -253,6 +257,20 @@ def _hosts_change(host: Host, lines: Sequence[hosts.HostsLine]) -> Change | None
     found = host.status(ETC_HOSTS)
     mode = found.mode if found else 0o644
     return Change(ETC_HOSTS, "block", before, content, None, mode, restarts=False)
+
+
+def _without_restart(change: Change) -> Change:
+    before, wanted = _roots(change.before or b""), _roots(change.content or b"")
+    is_fewer = bool(before) and before < wanted
+    return replace(change, what=FEWER_ROOTS if is_fewer else change.what, restarts=False)
+
+
+def _roots(content: bytes) -> set[bytes]:
+    """Return the certificates in a file; none where it is no certificate file."""
+    try:
+        return {certificate.der for certificate in x509.read_pem(content.decode())}
+    except (x509.CertificateError, UnicodeDecodeError):
+        return set()
 
 
 def _owner_of(host: Host, path: PurePosixPath) -> Account:

@@ -179,7 +179,7 @@ def _certificate_conditions(signals: Signals, now: datetime) -> Iterator[Conditi
     elif fault:
         # pilot-agent renews with the certificate itself, half-way through its life: no harm is done yet.
         yield Condition(
-            "token_expired",
+            "renewal_at_risk",
             Severity.NOTE,
             f"The token {fault}, and the certificate expires in {_hours(certificate.not_after - now)}: if neither is"
             f" renewed, this VM drops out at {_utc(certificate.not_after)}.",

@@ -27,8 +27,13 @@ class Machine(FakeMachine):
         self.deliver()
         self.onlooker = Onlooker()
 
-    def deliver(self, token: str | None = None, environment: Mapping[str, str | None] | None = None) -> None:
-        files = dict(a_bundle(token=token or self.token, environment=environment).files)
+    def deliver(
+        self,
+        token: str | None = None,
+        environment: Mapping[str, str | None] | None = None,
+        root_cert: bytes = CLUSTER.root_pem,
+    ) -> None:
+        files = dict(a_bundle(token=token or self.token, environment=environment).files) | {"root-cert.pem": root_cert}
         write_directory(files, self.root / "srv/bundle")
 
     def world(self, config: Config | None = None, moment: datetime = MOMENT) -> World:

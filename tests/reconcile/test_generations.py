@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from factories import CLUSTER, MOMENT, a_config
+from factories import CLUSTER, MOMENT, STRANGER, a_config
 from reconcile.ready import PACKAGE, Machine
 from vmmesh_agent import found, place, store, trial
 from vmmesh_agent.config import FirstJoin, OnFailure
@@ -325,6 +325,22 @@ def test_a_changed_file_is_put_back_once_and_then_reported(machine: Machine) -> 
     assert [condition.code for condition in drift.conditions()] == ["file_contested"]
     assert drift.contested == {place.ETC_HOSTS}
     assert machine.read(place.ETC_HOSTS) == b"127.0.0.1 localhost\n"
+    assert machine.changes == []
+
+
+def test_roots_that_the_sidecar_left_out_are_added_again_and_again_without_a_word(machine: Machine) -> None:
+    both = CLUSTER.root_pem + STRANGER.pem
+    machine.deliver(root_cert=both)
+    machine.join()
+    drift = Drift()
+    owner = machine.account("istio-proxy")
+    assert owner
+    machine.changes.clear()
+    for _ in range(3):
+        machine.write(place.ROOT_CERT, CLUSTER.root_pem, owner, 0o600)
+        assert drift.mend(machine.world(), machine.watch()) == []
+        assert machine.read(place.ROOT_CERT) == both
+    assert [*drift.conditions()] == []
     assert machine.changes == []
 
 
