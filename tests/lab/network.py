@@ -70,6 +70,9 @@ class Network:
         ip = ("-n", self.cluster)
         _ip(*ip, "link", "set", "lo", "up")
         _ip(*ip, "link", "add", "br0", "type", "bridge")
+        # Without an address of its own a bridge takes the lowest of its ports', another one with each machine that
+        # comes or goes, and the others' ARP entries lead nowhere for half a minute.
+        _ip(*ip, "link", "set", "br0", "address", "02:00:00:00:00:01")
         _ip(*ip, "link", "set", "br0", "up")
         # nodad: an IPv6 address is otherwise not usable for a second or two.
         _ip(*ip, "address", "add", f"{CLUSTER_IPV4}/24", "dev", "br0")
