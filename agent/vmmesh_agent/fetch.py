@@ -203,8 +203,10 @@ class Download:
 
 
 def _is_same_origin(first: str, second: str) -> bool:
-    one, other = urlsplit(first), urlsplit(second)
-    return (one.scheme, one.hostname, one.port or 443) == (other.scheme, other.hostname, other.port or 443)
+    with suppress(ValueError):  # an address that makes no sense is nobody's, as the child will say
+        one, other = urlsplit(first), urlsplit(second)
+        return (one.scheme, one.hostname, one.port or 443) == (other.scheme, other.hostname, other.port or 443)
+    return False
 
 
 # --- what the child is told ---

@@ -283,6 +283,11 @@ class Host:
         with _explained(path), self._parent(path) as (folder, name):
             os.chown(name, owner.uid, owner.gid, dir_fd=folder, follow_symlinks=False)
 
+    def rename(self, path: PurePosixPath, name: str) -> None:
+        """Give what is at the path another name in the same folder; what had that name is gone."""
+        with _explained(path), self._parent(path) as (folder, old):
+            os.rename(old, name, src_dir_fd=folder, dst_dir_fd=folder)
+
     def remove(self, path: PurePosixPath) -> None:
         """Remove a file; nothing happens where there is none."""
         gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)

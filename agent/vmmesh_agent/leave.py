@@ -17,6 +17,7 @@ from vmmesh_agent.world import Progress
 _AGENT = "vmmesh-agent.service"
 _CLEAN = ["/usr/local/bin/istio-start.sh", "clean"]
 _LOGS = PurePosixPath("/var/log/istio")
+_PROGRAMS = PurePosixPath("/usr/local/bin")
 _RUN = PurePosixPath("/run/vmmesh-agent")
 
 # The mesh configuration has two names: /etc/istio is the package's link to /var/lib/istio.
@@ -76,9 +77,9 @@ def _stop_sidecar(host: Host, noted: Found | None, progress: Progress) -> None:
             host.remove(READY_MARK)
             if units.exists(READY):
                 units.request_stop(READY)
-            if signals.is_captured(host):
+            if signals.is_capture_left(host):
                 host.run(_CLEAN, timeout=60, check=False)
-            if signals.is_captured(host):
+            if signals.is_capture_left(host):
                 raise HostError(
                     "traffic of this machine is still redirected to the sidecar",
                     code="capture-left-behind",
@@ -112,12 +113,18 @@ def _package(host: Host, noted: Found, sidecar_user: Account | None) -> str:
     removed = ""
     for manager in managers(host):
         if (version := manager.installed(install.NAME)) is not None:
+            programs = host.status(_PROGRAMS)
             manager.remove(install.NAME)
+            if programs and not host.status(_PROGRAMS):  # dpkg takes a folder along that it made empty
+                host.make_folder(_PROGRAMS, programs.owner, programs.mode)
             removed = f"{install.NAME} {version} removed"
     left = found.put_back(host, noted.bare, PLACED | _IDENTITY, sidecar_user)
     if not noted.has_user and sidecar_user:
-        for path, _ in host.walk(_LOGS):  # the logs stay, and nobody shall own them who comes to have this number
-            host.give(path, ROOT)
+        for path, status in (each for tree in (*found.TREES, _LOGS) for each in host.walk(tree)):
+            if status.owner == sidecar_user:
+                host.give(path, ROOT)  # what stays shall not be somebody's who comes to have the user's number
+        for name in host.names_in(_LOGS):  # a sidecar that comes later cannot write into root's files
+            host.rename(_LOGS / name, f"{name}.left")
         root = [] if host.is_running else ["--root", str(host.root)]
         host.run(["userdel", *root, place.USER])
     if host.is_running:

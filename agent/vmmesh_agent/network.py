@@ -389,7 +389,6 @@ def _trusting_pins(request: Mapping[str, Any]) -> ssl.SSLContext:
 
 def _chain(request: Mapping[str, Any], context: ssl.SSLContext) -> list[bytes]:
     """Return the DER of the certificates that the server shows, and of the root that OpenSSL found to them."""
-
     with _client(request, context) as client:
         try:
             _send(client, client.build_request("GET", request["url"]), request["kind"], _Probe)
@@ -537,7 +536,8 @@ def _understood(way: _Way) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPError as error:
-        raise (_explained(error, way) if way.peer == way.target else _proxy_failed(error, way)) from error
+        is_proxys = isinstance(error, httpx.ProxyError) or way.peer != way.target
+        raise (_proxy_failed(error, way) if is_proxys else _explained(error, way)) from error
 
 
 def _proxy_failed(error: httpx.HTTPError, way: _Way) -> FetchError:

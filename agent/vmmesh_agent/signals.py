@@ -31,6 +31,7 @@ _METRICS_LIMIT = 8 * 1024**2  # bytes; Envoy's part may have megabytes
 _CERT_EXPIRY = re.compile(rb'^istio_agent_cert_expiry_seconds\{resource_name="default"\} ([0-9.e+]+)$', re.MULTILINE)
 READY_PORT = 15021  # Envoy's own listener: answers as long as Envoy does, whatever it says
 _LEGACY_TABLES = PurePosixPath("/proc/net/ip_tables_names")
+_LEGACY_TABLES_6 = PurePosixPath("/proc/net/ip6_tables_names")
 _CHAIN = "ISTIO_OUTPUT"  # the chain of the nat table that is there whenever traffic is captured
 _SECONDS = 2.0  # for a look that asks the network
 _LOCAL_SECONDS = 1.0  # for one that does not leave the machine
@@ -318,6 +319,21 @@ def is_captured(host: Host) -> bool | None:
     if captured or b"nat" not in (_read(host, _LEGACY_TABLES) or b"").split():
         return captured
     return _captures(host, "iptables-legacy")
+
+
+def is_capture_left(host: Host) -> bool:
+    """Does any nat table, of either family or backend, still lead connections to the sidecar, in or out?"""
+    programs = ["iptables", "ip6tables"]
+    programs += [
+        f"{program}-legacy"
+        for program, tables in zip(programs, (_LEGACY_TABLES, _LEGACY_TABLES_6), strict=True)
+        if b"nat" in (_read(host, tables) or b"").split()
+    ]
+    return any(
+        "-j ISTIO_" in (_rules(host, program, chain) or "")
+        for program in programs
+        for chain in ("PREROUTING", "OUTPUT")
+    )
 
 
 def _captures(host: Host, program: str) -> bool | None:

@@ -425,8 +425,16 @@ def _is_address(text: str) -> bool:
 def _package(package: Package, findings: _Findings) -> None:
     if not _SHA256.fullmatch(package.sha256):
         findings.refuse("package-without-digest", "", f"the package {shown(package.url)} has no SHA-256 digest")
-    if urlsplit(package.url).scheme != "https":
-        findings.refuse("package-not-https", "", f"the package's address {shown(package.url)} is not https://")
+    if not _is_https(package.url):
+        findings.refuse("package-not-https", "", f"the package's address {shown(package.url)} is not https://…")
+
+
+def _is_https(address: str) -> bool:
+    try:
+        url = urlsplit(address)
+        return url.scheme == "https" and bool(url.hostname) and url.port != 0
+    except ValueError:  # a host or a port that is none
+        return False
 
 
 def _utc(moment: datetime) -> str:
