@@ -320,7 +320,7 @@ class FakeMachine(Host):
                 return self._changed(argv[:2], self._remove_user, "istio-proxy")
             case ["journalctl", *_]:
                 return 0, "-- cursor: s=1\n"
-            case ["getent" | "iptables" | "timedatectl" | "ss", *_]:
+            case ["getent" | "iptables" | "ip6tables" | "timedatectl" | "ss", *_]:
                 return 2, ""
         raise AssertionError(f"the fake machine does not know {argv}")
 
