@@ -165,6 +165,7 @@ def istiod_hangs(vm: Vm) -> None:
 @failure
 def the_token_is_deleted_while_the_sidecar_serves(vm: Vm) -> None:
     """Nothing is lost before the certificate has to be renewed."""
+    vm.hinder()
     vm.settled(25)
     vm.does(f"rm {TOKEN}")
     vm.seen("no token", lambda: vm.run(f"test ! -e {TOKEN}").returncode == 0)
@@ -175,6 +176,7 @@ def the_token_is_deleted_while_the_sidecar_serves(vm: Vm) -> None:
 
 @failure
 def the_sidecar_starts_without_token_and_certificate(vm: Vm) -> None:
+    vm.hinder()
     vm.does(f"rm {TOKEN}")
     vm.without_certificate()
     text = vm.writes(LOG, "failed to fetch token from file")
@@ -212,6 +214,7 @@ def the_service_account_is_gone(vm: Vm) -> None:
 
 @failure
 def the_token_may_not_be_read(vm: Vm) -> None:
+    vm.hinder()
     vm.does(f"chown root {TOKEN}; chmod 600 {TOKEN}")
     vm.without_certificate()
     text = vm.writes(LOG, "istio-token: permission denied")
@@ -223,6 +226,7 @@ def the_token_may_not_be_read(vm: Vm) -> None:
 
 @failure
 def the_root_certificate_is_another_meshs(vm: Vm) -> None:
+    vm.hinder()
     vm.machine.write(ROOT_CERT, Authority.create().pem, owner="istio-proxy")
     vm.without_certificate()
     text = vm.writes(LOG, "certificate signed by unknown authority")
@@ -231,6 +235,7 @@ def the_root_certificate_is_another_meshs(vm: Vm) -> None:
 
 @failure
 def the_root_certificate_is_deleted(vm: Vm) -> None:
+    vm.hinder()
     vm.does(f"rm {ROOT_CERT}")
     vm.restart()
     text = vm.writes(LOG, "missing a root certificate")
@@ -239,6 +244,7 @@ def the_root_certificate_is_deleted(vm: Vm) -> None:
 
 @failure
 def the_root_certificate_is_no_certificate(vm: Vm) -> None:
+    vm.hinder()
     vm.machine.write(ROOT_CERT, "no certificate\n", owner="istio-proxy")
     vm.restart()
     text = vm.writes(LOG, "failed to append certificates")
@@ -247,6 +253,7 @@ def the_root_certificate_is_no_certificate(vm: Vm) -> None:
 
 @failure
 def the_root_certificate_may_not_be_read(vm: Vm) -> None:
+    vm.hinder()
     vm.does(f"chown root {ROOT_CERT}; chmod 600 {ROOT_CERT}")
     vm.restart()
     text = vm.writes(LOG, "permission denied")
@@ -255,6 +262,7 @@ def the_root_certificate_may_not_be_read(vm: Vm) -> None:
 
 @failure
 def the_folder_of_the_certificates_may_not_be_written(vm: Vm) -> None:
+    vm.hinder()
     vm.does("chown root /etc/certs; chmod 755 /etc/certs")
     vm.without_certificate()
     text = vm.writes(LOG, "permission denied")
@@ -334,6 +342,7 @@ def istiods_port_speaks_plain_text(vm: Vm) -> None:
 @failure
 def istiods_name_is_lost_while_the_sidecar_serves(vm: Vm) -> None:
     vm.settled(25)
+    vm.hinder()
     vm.does(f"sed -i /{ISTIOD}/d {HOSTS}")
     vm.seen("no such name", lambda: vm.run(f"getent hosts {ISTIOD}").returncode == 2)
     condition = vm.says("degraded", "dns_unresolved")
@@ -342,6 +351,7 @@ def istiods_name_is_lost_while_the_sidecar_serves(vm: Vm) -> None:
 
 @failure
 def istiods_name_does_not_resolve_when_the_sidecar_starts(vm: Vm) -> None:
+    vm.hinder()
     vm.does(f"sed -i /{ISTIOD}/d {HOSTS}")
     vm.without_certificate()
     text = vm.writes(LOG, f"lookup {ISTIOD}")
@@ -389,6 +399,7 @@ def there_is_no_workload_group_to_register_with(vm: Vm) -> None:
 @failure
 def the_machine_names_a_cluster_that_istiod_does_not_know(vm: Vm) -> None:
     """istiod's answer is that to any bad token."""
+    vm.hinder()
     vm.does(f"sed -i s/^ISTIO_META_CLUSTER_ID=.*/ISTIO_META_CLUSTER_ID=elsewhere/ {CLUSTER_ENV}")
     vm.without_certificate()
     vm.writes(LOG, "request authenticate failure")
@@ -592,6 +603,7 @@ def the_sockets_cannot_be_made(vm: Vm) -> None:
 
 @failure
 def the_mesh_file_is_broken(vm: Vm) -> None:
+    vm.hinder()
     vm.machine.write(MESH_YAML, "defaultConfig: {broken\n", owner="istio-proxy")
     vm.restart()
     text = vm.writes(LOG, "failed to unmarshal mesh config")
@@ -600,6 +612,7 @@ def the_mesh_file_is_broken(vm: Vm) -> None:
 
 @failure
 def cluster_env_is_no_shell(vm: Vm) -> None:
+    vm.hinder()
     vm.does(f'echo "FOO=\'open" >> {CLUSTER_ENV}')
     vm.restart()
     text = vm.writes(JOURNAL, "cluster.env: line")
@@ -671,6 +684,7 @@ class PlainText(Service):
 
 def _refused(vm: Vm, token: str) -> dict[str, object]:
     """Put a token into place that istiod refuses, and start the sidecar with it."""
+    vm.hinder()
     vm.machine.write(TOKEN, token, mode=0o600, owner="istio-proxy")
     vm.without_certificate()
     vm.writes(LOG, "request authenticate failure")
