@@ -566,7 +566,7 @@ class _StagedFile:
     old: str  # the second name that the old content has from then on
 
     def keep_old(self) -> None:
-        """Give the old content its second name, from which it can be put back."""
+        """Give the old content, where there is any, its second name, from which it can be put back."""
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISDIR(os.stat(self.name, dir_fd=self.folder, follow_symlinks=False).st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.name)
@@ -576,6 +576,7 @@ class _StagedFile:
         os.rename(self.new, self.name, src_dir_fd=self.folder, dst_dir_fd=self.folder)
 
     def put_back(self) -> None:
+        """Undo what was done since `keep_old`."""
         try:
             os.rename(self.old, self.name, src_dir_fd=self.folder, dst_dir_fd=self.folder)
         except FileNotFoundError:  # there was none
@@ -620,7 +621,8 @@ class Staged:
     def commit(self) -> None:
         """Put all of it in place. Where one file cannot be, the others get their old content back: no space is needed.
 
-        A power cut in between leaves some old and some new: that is for a journal to know.
+        A power cut in between leaves some old and some new: that is for a journal to know. One file alone is either
+        in its place or not; there is nothing to take back.
         """
         done: list[_StagedFile] = []
         with Host.uninterrupted():
@@ -628,8 +630,8 @@ class Staged:
                 try:
                     if len(self._files) > 1:
                         file.keep_old()
+                        done.append(file)
                     file.put()
-                    done.append(file)
                     _sync(file.folder)
                 except OSError as error:
                     for each in reversed(done):
