@@ -209,6 +209,9 @@ class FakeManager:
         self.installations.append(path)
         self._set(self.inspect(path).version)
 
+    def wait(self) -> None:
+        pass
+
     def remove(self, name: str) -> None:
         assert self.installed(name)
         self._installed = None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vmmesh_agent.verify import VerifiedBundle
     from vmmesh_agent.world import World
 
-_DEFAULT_TIMEOUT = 300.0
+_DEFAULT_TIMEOUT = 300.0  # of a join, until the sidecar starts
 _LOCK_SECONDS = 10.0  # the daemon has the lock only while it changes something
 
 
@@ -82,8 +82,6 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _bootstrap(options: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from vmmesh_agent import report, trial
     from vmmesh_agent.reconcile import reconcile, settle
     from vmmesh_agent.report import Known
@@ -91,7 +89,7 @@ def _bootstrap(options: argparse.Namespace) -> int:
     from vmmesh_agent.world import LOCK, World
 
     host = Host(options.root)
-    world = World(host, _config(options, host), _Terminal(), patience=options.timeout)
+    world = World(host, _config(options, host), _Terminal(), patience=options.timeout or _DEFAULT_TIMEOUT)
     if options.dry_run:
         return _preview(world)
     host.require_root("joining the mesh")
@@ -102,10 +100,12 @@ def _bootstrap(options: argparse.Namespace) -> int:
         try:
             joined = reconcile(world, watch, again=options.again)
             if host.is_running:
-                health = settle(world, watch, joined.known)
-                if trial.conclude(world, watch, health, is_time_up=True):
-                    again = replace(world, patience=world.config.healthy_within)
-                    trial.conclude(again, watch, settle(again, watch, joined.known), is_time_up=True)
+                # A wait that a person cut short proves nothing against what is on trial.
+                limit = world.config.healthy_within
+                patience = limit if options.timeout is None else min(limit, world.left() or 0.0)
+                health = settle(world, watch, joined.known, patience)
+                if trial.conclude(world, watch, health, is_time_up=patience >= limit):
+                    trial.conclude(world, watch, settle(world, watch, joined.known, limit), is_time_up=True)
         except AgentError as error:
             trouble = error
             trial.undo_half_done(world)
@@ -603,7 +603,12 @@ def _parser() -> argparse.ArgumentParser:
     command("run", _run, "the daemon: join the mesh and stay in it")
     bootstrap = command("bootstrap", _bootstrap, "join the mesh once, in the foreground")
     bootstrap.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
-    bootstrap.add_argument("--timeout", type=_seconds, default=_DEFAULT_TIMEOUT, metavar="S", help="(default: 300)")
+    bootstrap.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="S",
+        help="for all of it (default: 300 until the sidecar starts, and then healthy_within)",
+    )
     bootstrap.add_argument("--again", action="store_true", help="try a bundle again that was given up")
     verify = command("verify", _verify, "judge a bundle without touching the machine")
     verify.add_argument("--output", choices=["human", "json"], default="human")

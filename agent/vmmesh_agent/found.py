@@ -102,17 +102,28 @@ def look(host: Host, files: Collection[PurePosixPath]) -> dict[str, Entry]:
     }
 
 
-def put_back(host: Host, tree: Tree, files: Collection[PurePosixPath], sidecar_user: Account | None) -> list[str]:
+def put_back(
+    host: Host,
+    tree: Tree,
+    files: Collection[PurePosixPath],
+    identity: Collection[PurePosixPath],
+    sidecar_user: Account | None,
+) -> list[str]:
     """Bring the sidecar's folders to what they were. Return the paths that were left because they are somebody else's.
 
-    Removed is what the agent placed (`files`) and what belongs to the sidecar's user; root's own files that came later
-    are an administrator's.
+    Removed is what the agent placed (`files`), the sidecar's `identity` and what belongs to its user; root's own files
+    that came later are an administrator's. An identity that was there before stays: it is no content of ours.
     """
     left = []
     for path, status in [each for root in TREES for each in host.walk(root)]:
         if str(path) in tree:
             continue
-        if path not in files and path != PACKAGE_LINK and status.owner != sidecar_user and not status.is_directory:
+        if (
+            path not in {*files, *identity}
+            and path != PACKAGE_LINK
+            and status.owner != sidecar_user
+            and not status.is_directory
+        ):
             left.append(str(path))
         elif not status.is_directory:
             host.remove(path)

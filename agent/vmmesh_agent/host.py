@@ -385,6 +385,25 @@ class Host:
             for descriptor in trail:
                 os.close(descriptor)
 
+    def is_locked(self, path: PurePosixPath) -> bool:
+        """Does another process hold a lock on the file, of the kind that package managers take (fcntl(2))?"""
+        try:
+            with _explained(path), self._parent(path) as (folder, name):
+                descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        except HostError:
+            return False
+        with open(descriptor, "rb+") as file:  # noqa: PTH123  # a descriptor, not a path
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return True
+        return False
+
+    def rest(self, seconds: float) -> None:
+        """Wait for somebody else, about a second at most."""
+        self._beat()
+        time.sleep(seconds)
+
     # --- commands ---
 
     def has_program(self, name: str) -> bool:
@@ -482,11 +501,11 @@ class Host:
                 )
             deadline = time.monotonic() + timeout
             while True:
+                self._beat()
                 try:
                     status = child.wait(_BEAT_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    self._beat()
                     if time.monotonic() >= deadline:
                         os.killpg(child.pid, signal.SIGKILL)
                         raise HostError(
@@ -537,8 +556,7 @@ class Host:
                     raise HostError(
                         f"{holder} is at work on this machine", code="locked", hint="wait for it to end", retry=True
                     )
-                self._beat()
-                time.sleep(0.1)
+                self.rest(0.1)
             with contextlib.suppress(OSError):  # who holds it is a courtesy: a full disk has no room for it
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"vmmesh-agent (process {os.getpid()})\n".encode(), 0)

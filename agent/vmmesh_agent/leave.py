@@ -17,6 +17,7 @@ from vmmesh_agent.world import Progress
 _AGENT = "vmmesh-agent.service"
 _CLEAN = ["/usr/local/bin/istio-start.sh", "clean"]
 _LOGS = PurePosixPath("/var/log/istio")
+_LEFT = ".left"
 _PROGRAMS = PurePosixPath("/usr/local/bin")
 _RUN = PurePosixPath("/run/vmmesh-agent")
 
@@ -105,7 +106,7 @@ def _files(host: Host, noted: Found | None, sidecar_user: Account | None) -> lis
         for path in PLACED | _IDENTITY:
             host.remove(path)
         return []
-    return found.put_back(host, tree, PLACED | _IDENTITY, sidecar_user)
+    return found.put_back(host, tree, PLACED, _IDENTITY, sidecar_user)
 
 
 def _package(host: Host, noted: Found, sidecar_user: Account | None) -> str:
@@ -118,13 +119,14 @@ def _package(host: Host, noted: Found, sidecar_user: Account | None) -> str:
             if programs and not host.status(_PROGRAMS):  # dpkg takes a folder along that it made empty
                 host.make_folder(_PROGRAMS, programs.owner, programs.mode)
             removed = f"{install.NAME} {version} removed"
-    left = found.put_back(host, noted.bare, PLACED | _IDENTITY, sidecar_user)
+    left = found.put_back(host, noted.bare, PLACED, _IDENTITY, sidecar_user)
     if not noted.has_user and sidecar_user:
         for path, status in (each for tree in (*found.TREES, _LOGS) for each in host.walk(tree)):
             if status.owner == sidecar_user:
                 host.give(path, ROOT)  # what stays shall not be somebody's who comes to have the user's number
         for name in host.names_in(_LOGS):  # a sidecar that comes later cannot write into root's files
-            host.rename(_LOGS / name, f"{name}.left")
+            if not name.endswith(_LEFT):
+                host.rename(_LOGS / name, f"{name}{_LEFT}")
         root = [] if host.is_running else ["--root", str(host.root)]
         host.run(["userdel", *root, place.USER])
     if host.is_running:

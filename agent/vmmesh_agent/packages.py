@@ -53,7 +53,10 @@ class PackageManager(Protocol):
         """Read a package file's own description. Raise `InstallError` where it is none of this format."""
 
     def check(self, path: PurePosixPath) -> None:
-        """Read the package file to its end. Raise `InstallError` where it is damaged."""
+        """Read the package file to its end. Raise `InstallError` where it is damaged, or cannot be installed here."""
+
+    def wait(self) -> None:
+        """Wait until no other program is installing. Raise `InstallError` where one is for very long."""
 
     def is_newer(self, version: str, than: str) -> bool:
         """Compare two versions by the format's own rules."""
@@ -101,6 +104,13 @@ class Rpm:
     def check(self, path: PurePosixPath) -> None:
         digests = ["rpm", "--checksig", "--nosignature", str(self._host.outside(path))]
         _succeed_in_reading(path, "rpm", self._host.run(digests, timeout=300, check=False))
+        trial = _patiently(self._host, [*self._upgrade, "--test", str(self._host.outside(path))], self._on_wait)
+        if not self._may_resolve(trial):
+            _succeed(trial)
+
+    def wait(self) -> None:
+        folder = self._host.run(["rpm", "--eval", "%{_dbpath}"]).stdout.strip()
+        _wait_for(self._host, PurePosixPath(folder) / ".rpm.lock", self._on_wait)
 
     def is_newer(self, version: str, than: str) -> bool:
         compare = f'%{{lua: print(rpm.vercmp("{_plain(version)}", "{_plain(than)}"))}}'
@@ -108,18 +118,22 @@ class Rpm:
 
     def install(self, path: PurePosixPath) -> None:
         file = str(self._host.outside(path))
-        upgrade = ["rpm", *self._root, "-U", "--oldpackage", "--replacepkgs"]
-        trial = _patiently(self._host, [*upgrade, "--test", file], self._on_wait)
-        if trial.status == 0:
-            _succeed(_patiently(self._host, [*upgrade, file], self._on_wait))
-        elif "Failed dependencies" in trial.stdout and (resolver := self._resolver()):
+        done = _patiently(self._host, [*self._upgrade, file], self._on_wait)
+        if self._may_resolve(done):
             root = [] if self._host.is_running else [f"--installroot={self._host.root}"]
-            _succeed(_patiently(self._host, [resolver, *root, "install", "-y", file], self._on_wait))
-        else:
-            _succeed(trial)
+            done = _patiently(self._host, [str(self._resolver()), *root, "install", "-y", file], self._on_wait)
+        _succeed(done)
 
     def remove(self, name: str) -> None:
         _succeed(_patiently(self._host, ["rpm", *self._root, "--erase", name], self._on_wait))
+
+    @property
+    def _upgrade(self) -> list[str]:
+        return ["rpm", *self._root, "-U", "--oldpackage", "--replacepkgs"]
+
+    def _may_resolve(self, done: Completed) -> bool:
+        """Did it fail for what dnf or yum may supply?"""
+        return "Failed dependencies" in done.stdout and self._resolver() is not None
 
     def _resolver(self) -> str | None:
         return next((program for program in ("dnf", "yum") if self._host.has_program(program)), None)
@@ -165,6 +179,9 @@ class Deb:
         # Listing unpacks it all in passing; dpkg itself would find the damage when half of it is in place.
         listing = ["dpkg-deb", "--contents", str(self._host.outside(path))]
         _succeed_in_reading(path, "deb", self._host.run(listing, timeout=300, check=False))
+
+    def wait(self) -> None:
+        _wait_for(self._host, PurePosixPath("/var/lib/dpkg/lock-frontend"), self._on_wait)
 
     def is_newer(self, version: str, than: str) -> bool:
         return self._host.run(["dpkg", "--compare-versions", version, "gt", than], check=False).status == 0
@@ -232,7 +249,18 @@ def fits(arch: str, manager: PackageManager) -> bool:
 _MISSING = re.compile(r"unmet dependencies|Failed dependencies|nothing provides|not installable|is not going to be")
 _NAMES_MISSING = re.compile(r"Depends: |is needed by|nothing provides")
 _NO_SPACE = re.compile(r"No space left on device|needs? \d+\w+ (more space )?on the|don't have enough free space")
+_WAITING = "another program holds the package manager's lock; waiting for it"
 _LOCKED = re.compile(r"Could not get lock|is locked by another process|transaction lock")
+
+
+def _wait_for(host: Host, lock: PurePosixPath, on_wait: OnWait) -> None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    if host.is_locked(lock):
+        on_wait(_WAITING)
+    while host.is_locked(lock):
+        if time.monotonic() >= deadline:
+            raise _locked(str(lock))
+        host.rest(1)
 
 
 def _patiently(host: Host, argv: Sequence[str], on_wait: OnWait) -> Completed:
@@ -248,9 +276,9 @@ def _patiently(host: Host, argv: Sequence[str], on_wait: OnWait) -> Completed:
         if done.status == 0 or not _LOCKED.search(done.stdout + done.stderr) or time.monotonic() >= deadline:
             return done
         if not is_told:
-            on_wait("another program holds the package manager's lock; waiting for it")
+            on_wait(_WAITING)
             is_told = True
-        time.sleep(1)
+        host.rest(1)
 
 
 def _succeed(done: Completed) -> None:
@@ -266,16 +294,20 @@ def _succeed(done: Completed) -> None:
         named = [line.strip() for line in said.splitlines() if _NAMES_MISSING.search(line)]
         raise _missing_dependency("; ".join(named) or done.last_words)
     if _LOCKED.search(said):
-        raise InstallError(
-            f"another program holds the package manager's lock: {done.last_words}",
-            code="package-manager-locked",
-            hint="wait for it to end, or end it",
-            retry=True,
-        )
+        raise _locked(done.last_words)
     raise InstallError(
         f"`{' '.join(done.argv)}` failed with status {done.status}: {done.last_words}",
         code="install-failed",
         hint="run the command by hand to see all that it says",
+        retry=True,
+    )
+
+
+def _locked(what: str) -> InstallError:
+    return InstallError(
+        f"another program holds the package manager's lock: {what}",
+        code="package-manager-locked",
+        hint="wait for it to end, or end it",
         retry=True,
     )
 

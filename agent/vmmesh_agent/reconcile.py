@@ -83,18 +83,22 @@ def reconcile(world: World, watch: Watch, *, again: bool = False) -> Joined:
     return Joined(bundle, version, (*installed, *placed, *started), clock_offset)
 
 
-def settle(world: World, watch: Watch, known: Known) -> Health:
-    """Wait until the sidecar is in the mesh, is past hope, or the time is up. Return how it is then."""
+def settle(world: World, watch: Watch, known: Known, limit: float) -> Health:
+    """Wait until the sidecar is in the mesh, or `limit` seconds are over. Return how it is then.
+
+    What is wrong with a sidecar that is not on trial is said as soon as it lasts.
+    """
     clock = world.clock
     with world.progress.step("watch") as step:
-        limit = world.config.healthy_within
-        deadline = clock.seconds() + (limit if world.patience is None else min(limit, world.left() or 0.0))
-        lasting = _Lasting()
+        deadline = clock.seconds() + limit
+        membership = store.load(world.host)
+        lasting = None if membership and membership.is_on_trial else _Lasting()
         while True:
             health = watch.observe(clock.now(), known).health
             step.says(str(health.state) if health.cause == "none" else f"{health.state}: {health.cause}")
             moment = clock.seconds()
-            if health.state is State.HEALTHY or lasting.long_enough(health, moment) or moment >= deadline:
+            is_last_word = lasting is not None and lasting.long_enough(health, moment)
+            if health.state is State.HEALTHY or is_last_word or moment >= deadline:
                 return health
             clock.sleep(_POLL_SECONDS)
 
@@ -296,6 +300,7 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
             raise
         # Only what fails starts the sidecar again: where we are told to end, the package manager is still at work.
         was_running = _is_running(world)
+        source.manager.wait()  # while the sidecar still serves
         _note_as_found(world, has_sidecar=package.plan.installed is not None)
         begin(host)
         _stop(world)
