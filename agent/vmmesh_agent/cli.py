@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from vmmesh_agent.world import World
 
 _DEFAULT_TIMEOUT = 300.0  # of a join, until the sidecar starts
-_LOCK_SECONDS = 10.0  # the daemon has the lock only while it changes something
+_LOCK_SECONDS = 70.0  # the daemon has the lock during an attempt, which asks the endpoint for up to a minute
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGHUP, _end)  # the terminal is gone; the daemon takes another meaning
     try:
         options = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = options.command
@@ -51,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _end(_signal: int, _frame: object) -> NoReturn:
-    """End at once, children with us; every step leaves whole files behind, so it may be left anywhere."""
-    raise SystemExit(128 + signal.SIGTERM)
+def _end(number: int, _frame: object) -> NoReturn:
+    """End at once, children with us but for a package manager; what was begun, the next start finishes."""
+    raise SystemExit(128 + number)
 
 
 # --- commands ---
@@ -191,7 +192,7 @@ def _restore(options: argparse.Namespace) -> int:
     host.require_root("restoring the files")
     try:
         with host.lock(LOCK):
-            restore(host, _Terminal(), _now())
+            restore(host, _Terminal())
     except AgentError as error:
         if error.code != "locked":
             raise

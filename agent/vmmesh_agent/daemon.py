@@ -37,6 +37,7 @@ _OBSERVE_SECONDS = 2.0
 _DRIFT_SECONDS = 10.0
 _SAVE_SECONDS = 20.0  # well within report.FRESH_SECONDS
 _ATTEMPT_SECONDS = 60.0  # of fetching; then the loop looks how the sidecar is before it tries again
+_CONCLUDE_AGAIN_SECONDS = 60.0  # after a way back that failed
 _LOOK_AT_CLOCK_SECONDS = 60.0  # until the next request, while ours and the endpoint's clock differ
 
 # What a new token, or the sidecar's start on it, may mend: worth an attempt before its time, now and then.
@@ -73,8 +74,10 @@ class Daemon:
     _blind: str = field(default="", init=False)  # the code of what keeps the state from being seen or told
     _trial_since: float | None = field(default=None, init=False)
     _out_since: float | None = field(default=None, init=False)
+    _conclude_at: float = field(default=0.0, init=False)
     _opened: Condition | None = field(default=None, init=False)
     _generation: Generation | None = field(default=None, init=False)  # in force, as far as we know
+    _unmended: str = field(default="", init=False)  # the code of what keeps files from being put back
     _compared: float = field(default=0.0, init=False)
 
     def reload(self, config: Config) -> None:
@@ -109,7 +112,7 @@ class Daemon:
             self._attempt()
         self.look()
         self._conclude()
-        self._open_where_wanted()
+        self._act_on_long_failure()
         self._mend_drift()
 
     def _rest(self) -> None:
@@ -137,9 +140,12 @@ class Daemon:
             return
         self.tell(None)
         self._opened = None
+        is_started = any(ISTIO in change for change in self.joined.changed)
         if self.joined.changed:
             self.log.info("changed", what=list(self.joined.changed))
-        self._note_trial(is_new=any(ISTIO in change for change in self.joined.changed))
+        if is_started:  # what was seen of the run before says nothing of this one
+            self.seen, self.looked = None, float("-inf")
+        self._note_trial(is_new=is_started)
         self._schedule.succeeded(self.joined.bundle.token_issued_at, self.joined.bundle.token_expires_at)
         if abs(self.joined.clock_offset or 0.0) > SKEW.total_seconds():
             self._schedule.wait(_LOOK_AT_CLOCK_SECONDS)
@@ -187,8 +193,10 @@ class Daemon:
 
     def _conclude(self) -> None:
         """Keep a generation that proved good; go back from one that did not."""
-        if self._trial_since is None or self.seen is None:
+        if self._trial_since is None or self.seen is None or self.clock.seconds() < self._conclude_at:
             return
+        if self.seen.state in {State.STOPPED, State.NOT_JOINED, State.UNKNOWN}:  # a time that does not count
+            self._trial_since = self.clock.seconds()
         is_time_up = self.clock.seconds() - self._trial_since >= self.config.healthy_within
         if self.seen.state is not State.HEALTHY and not is_time_up:
             return
@@ -196,26 +204,42 @@ class Daemon:
             with self.host.lock(LOCK):
                 went_back = trial.conclude(self._world(), self.watch, self.seen, is_time_up=is_time_up)
         except AgentError as error:
-            if error.code != "locked":  # somebody is at work who draws the conclusion himself
+            if error.code == "locked":  # somebody is at work who draws the conclusion himself
+                return
+            self._note_trial(is_new=False)
+            if self._trial_since is None:  # a first join was undone
                 self._note_failure(error)
-                self._note_trial(is_new=False)
+            else:
+                self.tell(error)
+                self._conclude_at = self.clock.seconds() + _CONCLUDE_AGAIN_SECONDS
+                self.log.warning("not concluded", code=error.code, message=error.message)
             return
         self.is_hurried = self.is_hurried or went_back
         self._note_trial(is_new=went_back)
 
-    def _open_where_wanted(self) -> None:
-        """Stop a sidecar that fails for long, where traffic past the mesh is wanted more than none."""
+    def _act_on_long_failure(self) -> None:
+        """Where the last good generation does no good any more, try what was given up; open the capture if wanted."""
+        if self._opened and self.seen and self.seen.state is not State.STOPPED:
+            self._opened = None
         if self.seen is None or self.seen.state is not State.FAILED or self._trial_since is not None:
             self._out_since = None
             return
         self._out_since = self._out_since or self.clock.seconds()
-        is_long = self.clock.seconds() - self._out_since >= self.config.healthy_within
-        if self.config.on_failure.joined is not configuration.Joined.OPEN or not is_long:
+        if self.clock.seconds() - self._out_since < self.config.healthy_within:
             return
+        try:
+            with self.host.lock(LOCK):
+                self.is_hurried = trial.acquit(self.host) or self.is_hurried
+        except AgentError as error:
+            self.log.warning("not acquitted", code=error.code, message=error.message)
+        if self.config.on_failure.joined is configuration.Joined.OPEN:
+            self._open(self.seen)
+
+    def _open(self, seen: Health) -> None:
         self._opened = Condition(
             "capture_opened",
             Severity.FAILED,
-            f"The sidecar failed ({self.seen.cause}) and was stopped, so that this VM has its network; it is started"
+            f"The sidecar failed ({seen.cause}) and was stopped, so that this VM has its network; it is started"
             f" again within {LONGEST_WAIT / 60:.0f} min.",
             "See why it failed: `vmmesh-agent logs`. (on_failure.joined: open)",
         )
@@ -226,7 +250,7 @@ class Daemon:
         except AgentError as error:
             self.log.warning("not stopped", unit=ISTIO, code=error.code, message=error.message)
             return
-        self.log.warning("opened", unit=ISTIO, cause=self.seen.cause)
+        self.log.warning("opened", unit=ISTIO, cause=seen.cause)
         self._schedule.wait(LONGEST_WAIT)
 
     def _mend_drift(self) -> None:
@@ -239,11 +263,15 @@ class Daemon:
                     self.log.warning("put back", found=found)
                 membership = store.load(self.host)
         except AgentError as error:
-            if error.code != "locked":  # whoever is at work changes these very files
+            if error.code not in {"locked", self._unmended}:  # whoever is at work changes these very files
                 self.log.warning("not put back", code=error.code, message=error.message)
+                self._unmended = error.code
             return
-        if membership and membership.current != self._generation:
-            self.is_hurried = True  # a person's `bootstrap` brought another: what we know of it is old
+        self._unmended = ""
+        is_news = membership is not None and membership.current != self._generation
+        is_left = membership is not None and membership.unfinished and not self._opened and not self.trouble
+        if is_news or is_left:  # a person's `bootstrap` brought another, or did not come to its end
+            self.is_hurried = True
 
     def look(self) -> None:
         """See how the sidecar is, also while an attempt waits for the network; not more often than is of use."""
@@ -278,7 +306,7 @@ class Daemon:
         known_codes = {condition.code for condition in before.health.conditions} if before else set()
         self.activity.log_events = self.watch.log_events
         self.activity.conditions.update({condition.code for condition in current.health.conditions} - known_codes)
-        if is_news or before is None or (moment - before.updated_at).total_seconds() >= _SAVE_SECONDS:
+        if is_news or before is None or abs((moment - before.updated_at).total_seconds()) >= _SAVE_SECONDS:
             report.save(self.host, current)
             self.reported = current
             self._write_metrics(current)

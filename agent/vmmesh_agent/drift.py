@@ -41,7 +41,7 @@ class Drift:
         if membership is None or membership.unfinished:
             return []
         now = world.clock.now()
-        planned = plan_of(world.host, membership, now)
+        planned = plan_of(world.host, membership)
         if fewer_roots := [change for change in planned if change.what == place.FEWER_ROOTS]:
             place.apply(world.host, fewer_roots)
         changes = [change for change in planned if change.what != place.FEWER_ROOTS]

@@ -16,10 +16,9 @@ from vmmesh_agent.store import FOLDER
 
 FILE = FOLDER / "found.json"
 
-PACKAGE_LINK = PurePosixPath("/etc/istio")  # the package's script makes it, where nothing of that name is there
 TREES = (
     PurePosixPath("/var/lib/istio"),
-    PurePosixPath("/etc/istio"),
+    PurePosixPath("/etc/istio"),  # a link to the first, which the package's script makes where nothing is there
     PurePosixPath("/etc/certs"),
     PurePosixPath("/var/run/secrets"),
 )
@@ -47,6 +46,7 @@ class Found:
     has_sidecar: bool
     has_user: bool
     is_enabled: bool
+    was_running: bool
     hosts_end_open: bool  # /etc/hosts had no newline at its end
     bare: Tree
     packaged: Tree | None = None
@@ -66,6 +66,7 @@ def load(host: Host) -> Found | None:
             has_sidecar=bool(document["has_sidecar"]),
             has_user=bool(document["has_user"]),
             is_enabled=bool(document["is_enabled"]),
+            was_running=bool(document["was_running"]),
             hosts_end_open=bool(document["hosts_end_open"]),
             bare=_read_tree(document["bare"]),
             packaged=_read_tree(document["packaged"]) if document["packaged"] is not None else None,
@@ -118,12 +119,7 @@ def put_back(
     for path, status in [each for root in TREES for each in host.walk(root)]:
         if str(path) in tree:
             continue
-        if (
-            path not in {*files, *identity}
-            and path != PACKAGE_LINK
-            and status.owner != sidecar_user
-            and not status.is_directory
-        ):
+        if path not in {*files, *identity, *TREES} and status.owner != sidecar_user:
             left.append(str(path))
         elif not status.is_directory:
             host.remove(path)

@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ _CREATE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TEMPORARY = ".vmmesh"  # how the names of files end that are not yet, or no longer, in their place
 _LEFT_OVER = re.compile(rf"\..+\.(?:new|old)\.[0-9a-f]{{8}}\.(\d+){re.escape(_TEMPORARY)}")  # and whose they are
 _BEAT_SECONDS = 1.0
+_FLOCK = "hhqqi0q"  # struct flock of 64-bit Linux: type, whence, start, length, process
 _SYSTEMD = Path("/run/systemd/system")  # is there where systemd is PID 1: sd_booted(3)
 
 
@@ -389,15 +391,14 @@ class Host:
         """Does another process hold a lock on the file, of the kind that package managers take (fcntl(2))?"""
         try:
             with _explained(path), self._parent(path) as (folder, name):
-                descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         except HostError:
             return False
-        with open(descriptor, "rb+") as file:  # noqa: PTH123  # a descriptor, not a path
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                return True
-        return False
+        with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor, not a path
+            # Asked, not tried: whoever begins just then must not find it taken by us. l_type comes first.
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            (kind, *_) = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+        return bool(kind != fcntl.F_UNLCK)
 
     def rest(self, seconds: float) -> None:
         """Wait for somebody else, about a second at most."""
@@ -532,8 +533,8 @@ class Host:
     @staticmethod
     @contextlib.contextmanager
     def uninterrupted() -> Iterator[None]:
-        """Let SIGTERM and SIGINT wait for the end of the block, which must be short."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        """Let SIGTERM, SIGINT and SIGHUP wait for the end of the block, which must be short."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """Out of the mesh: the sidecar stopped, its capture, files and unit changes gone, the machine as it was found.
 
-The note of how it was found goes last. Whatever interrupts it, running it again goes on with it.
+A mark is made first and goes last. Whatever interrupts it, running it again goes on with it.
 """
 
 from pathlib import PurePosixPath
@@ -18,6 +18,7 @@ _AGENT = "vmmesh-agent.service"
 _CLEAN = ["/usr/local/bin/istio-start.sh", "clean"]
 _LOGS = PurePosixPath("/var/log/istio")
 _LEFT = ".left"
+_LEAVING = store.FOLDER / "leaving"  # is there while it is not known whether all is as it was found
 _PROGRAMS = PurePosixPath("/usr/local/bin")
 _RUN = PurePosixPath("/run/vmmesh-agent")
 
@@ -28,14 +29,13 @@ _IDENTITY = frozenset({signals.CERT_CHAIN, signals.KEY})
 
 def retire_daemon(host: Host, progress: Progress) -> None:
     """Stop the daemon, for good: it would join again. Call it without the lock, which the daemon may hold."""
-    if host.is_running:
-        units = Units(host)
-        with progress.step("agent") as step:
-            if units.is_enabled(_AGENT):
-                units.disable(_AGENT)
-            if not units.state(_AGENT).is_down:
-                units.stop(_AGENT)
-            step.says(f"{_AGENT} is stopped and disabled")
+    units = Units(host)
+    with progress.step("agent") as step:
+        if units.is_enabled(_AGENT):
+            units.disable(_AGENT)
+        if host.is_running and not units.state(_AGENT).is_down:
+            units.stop(_AGENT)
+        step.says(f"{_AGENT} is stopped and disabled")
 
 
 def leave(host: Host, progress: Progress, *, purge: bool) -> None:
@@ -49,12 +49,23 @@ def leave(host: Host, progress: Progress, *, purge: bool) -> None:
             step.says("nothing of the agent's is left but its package and its configuration")
 
 
-def undo(host: Host, progress: Progress, *, with_package: bool) -> None:
-    """Put the machine back to how it was found; the daemon, if one runs, is the caller's."""
+def is_half_way(host: Host) -> bool:
+    """Was an `undo` begun and not ended?"""
+    return host.status(_LEAVING) is not None
+
+
+def undo(host: Host, progress: Progress, *, with_package: bool, resumes: bool = False) -> None:
+    """Put the machine back to how it was found; the daemon, if one runs, is the caller's.
+
+    `resumes` lets a sidecar run again that ran before the join. From the first to the last line of it nothing can start
+    the sidecar (istio.service.d/10-vmmesh-agent.conf), and whoever comes next goes on with it.
+    """
     noted = found.load(host)
-    if noted is None and host.status(store.FILE) is None:
+    if noted is None and host.status(store.FILE) is None and not is_half_way(host):
         progress.note("this machine has not joined, or has left: there is nothing to undo")
         return
+    host.make_folder(store.FOLDER, ROOT, 0o700)
+    host.write(_LEAVING, b"", ROOT, 0o600)
     _stop_sidecar(host, noted, progress)
     store.forget(host)  # from here on nobody puts the files back
     host.remove(install.RECORD)
@@ -66,6 +77,9 @@ def undo(host: Host, progress: Progress, *, with_package: bool) -> None:
         with progress.step("package") as step:
             step.says(_package(host, noted, sidecar_user))
     found.forget(host)
+    host.remove(_LEAVING)
+    if resumes and noted and noted.was_running and host.is_running:
+        Units(host).request_start(ISTIO)
 
 
 def _stop_sidecar(host: Host, noted: Found | None, progress: Progress) -> None:
@@ -113,6 +127,7 @@ def _package(host: Host, noted: Found, sidecar_user: Account | None) -> str:
     """Remove the package that the agent installed, and what its script made: the user, the folders, the link."""
     removed = ""
     for manager in managers(host):
+        manager.wait()  # one that a daemon began, which was ended since
         if (version := manager.installed(install.NAME)) is not None:
             programs = host.status(_PROGRAMS)
             manager.remove(install.NAME)

@@ -10,18 +10,17 @@ What is begun is in the journal (`store`), and is finished by whoever comes next
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import PurePosixPath
 
 from vmmesh_agent import bundle as bundles
 from vmmesh_agent import found, install, place, signals, ssh, store
-from vmmesh_agent.bundle import Bundle, Sidecar
+from vmmesh_agent.bundle import Bundle, BundleRefusedError, Sidecar
 from vmmesh_agent.errors import AgentError, InstallError
 from vmmesh_agent.fetch import Download, fetch
 from vmmesh_agent.found import Found
 from vmmesh_agent.health import Health, State
 from vmmesh_agent.host import Host
-from vmmesh_agent.leave import PLACED, undo
+from vmmesh_agent.leave import PLACED, is_half_way, undo
 from vmmesh_agent.packages import managers
 from vmmesh_agent.report import Known
 from vmmesh_agent.store import Generation, Membership
@@ -79,7 +78,7 @@ def reconcile(world: World, watch: Watch, *, again: bool = False) -> Joined:
         if generation is fetched:  # what was given up is not handed out any more, or is tried again on purpose
             membership = replace(membership, given_up=None)
         placed = _place(world, membership, bundle)
-    started = _start(world, watch)
+        started = _start(world, watch)
     return Joined(bundle, version, (*installed, *placed, *started), clock_offset)
 
 
@@ -92,7 +91,7 @@ def settle(world: World, watch: Watch, known: Known, limit: float) -> Health:
     with world.progress.step("watch") as step:
         deadline = clock.seconds() + limit
         membership = store.load(world.host)
-        lasting = None if membership and membership.is_on_trial else _Lasting()
+        lasting = None if membership and membership.is_open else _Lasting()
         while True:
             health = watch.observe(clock.now(), known).health
             step.says(str(health.state) if health.cause == "none" else f"{health.state}: {health.cause}")
@@ -113,7 +112,7 @@ def preview(world: World) -> tuple[VerifiedBundle, install.Plan, tuple[place.Cha
     return bundle, package, changes
 
 
-def restore(host: Host, progress: Progress, moment: datetime) -> None:
+def restore(host: Host, progress: Progress) -> None:
     """Put the files of the membership back, without network and without configuration; it precedes each start.
 
     A token that expired while the machine was off is put back all the same: with a certificate that is still
@@ -121,6 +120,9 @@ def restore(host: Host, progress: Progress, moment: datetime) -> None:
     back: what the origin had is taken away.
     """
     host.require_root("restoring the files")
+    if is_half_way(host):
+        progress.note("`vmmesh-agent leave` was not finished: run it again")
+        return
     membership = store.load(host)
     if membership and not _is_ours(host, membership):
         _become_oneself(host, progress)
@@ -129,7 +131,7 @@ def restore(host: Host, progress: Progress, moment: datetime) -> None:
         if membership is None:
             step.says("this machine has not joined")
             return
-        changes = plan_of(host, membership, moment)
+        changes = plan_of(host, membership)
         place.apply(host, changes)
         step.says(_listed(changes) or "nothing was missing")
 
@@ -142,15 +144,17 @@ def recover(world: World, watch: Watch) -> None:
     host = world.host
     host.sweep(store.FOLDER)
     host.sweep(LOCK.parent)
+    if is_half_way(host):
+        undo(host, world.progress, with_package=False)
     membership = store.load(host)
+    if membership and not membership.machine:  # made in a tree that was no machine yet
+        store.save(host, membership := replace(membership, machine=store.machine(host)))
     if membership and not _is_ours(host, membership):
         _become_oneself(host, world.progress)
     elif membership and membership.unfinished:
         with world.progress.step("recover") as step:
-            changes = plan_of(host, membership, world.clock.now())
-            if any(change.restarts for change in changes):
-                _stop(world)
-            place.apply(host, changes)
+            changes = plan_of(host, membership)
+            exchange(world, changes)
             step.says(f"finished what was interrupted: {_listed(changes) or 'all files were in place'}")
         try:
             _start(world, watch)
@@ -158,19 +162,25 @@ def recover(world: World, watch: Watch) -> None:
             world.progress.note(error.message)
 
 
-def plan_of(host: Host, membership: Membership, moment: datetime) -> tuple[place.Change, ...]:
-    """Compare the machine with its membership."""
+def plan_of(host: Host, membership: Membership) -> tuple[place.Change, ...]:
+    """Compare the machine with its membership, as of the moment when that was judged: at boot a clock may be wrong."""
     generation = membership.current
     bundle = verify(generation.bundle, generation.verified_at, resolves=lambda _: True)
-    return place.plan(host, bundle, membership.roots_before, moment, membership.ssh_ports)
+    return place.plan(host, bundle, membership.roots_before, generation.verified_at, membership.ssh_ports)
+
+
+def exchange(world: World, changes: Sequence[place.Change]) -> None:
+    """Put the files of this very generation back, under a stopped sidecar where it reads them only when it starts."""
+    with place.staged(world.host, changes) as staged, _running_again(world, _is_running(world)):
+        if any(change.restarts for change in changes):
+            begin(world.host)
+            _stop(world)
+        staged.commit()
 
 
 def restart_on(world: World, watch: Watch, changes: Sequence[place.Change]) -> None:
-    """Make changes that the sidecar reads only when it starts, and start it on them."""
-    with place.staged(world.host, changes) as staged, _running_again(world, _is_running(world)):
-        begin(world.host)
-        _stop(world)
-        staged.commit()
+    """Put files back, and start the sidecar on them."""
+    exchange(world, changes)
     _start(world, watch)
 
 
@@ -178,7 +188,7 @@ def begin(host: Host) -> None:
     """Tell the journal that the sidecar is about to be stopped: whoever comes next starts it."""
     membership = store.load(host)
     if membership:
-        store.save(host, replace(membership, unfinished=True))
+        store.save(host, replace(membership, unfinished=True, previous_root=membership.roots_before))
 
 
 def go_back(world: World, watch: Watch, membership: Membership) -> None:
@@ -221,8 +231,16 @@ def _worth_trying(world: World, fetched: Generation) -> Generation:
     given_up = membership.given_up if membership else None
     if not (membership and membership.good and given_up and given_up.fingerprint == fetched.fingerprint):
         return fetched
+    good = membership.good.with_token_of(fetched)
+    try:
+        verify(good.bundle, world.clock.now(), resolves=lambda _: True)
+    except BundleRefusedError as refused:
+        world.progress.note(
+            f"the bundle that was given up is tried again, for the last good one will not do: {refused}"
+        )
+        return fetched
     world.progress.note("the endpoint still hands out the bundle that was given up; the last good one stays")
-    return membership.good.with_token_of(fetched)
+    return good
 
 
 def _verify(world: World, bundle: Bundle) -> VerifiedBundle:
@@ -291,6 +309,8 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
     with world.progress.step("install") as step:
         step.says(str(package.plan))
         if source is None:
+            if store.load(host) is None:
+                found.note_package(host, PLACED)  # where the agent was ended while it was being installed
             return package.plan.installed or "", []
         path = package.file(source, step)
         try:
@@ -298,19 +318,17 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
         except AgentError:
             install.clear_cache(host)
             raise
-        # Only what fails starts the sidecar again: where we are told to end, the package manager is still at work.
-        was_running = _is_running(world)
         source.manager.wait()  # while the sidecar still serves
+        was_running = _is_running(world)
         _note_as_found(world, has_sidecar=package.plan.installed is not None)
-        begin(host)
-        _stop(world)
+        with _running_again(world, was_running):
+            begin(host)
+            _stop(world)
         try:
             install.apply(host, source, path, judged)
-        except AgentError:
+        except AgentError:  # not where we are told to end: then the package manager is still at work
             if was_running:
                 world.units.request_start(ISTIO)
-            if store.load(host) is None:
-                found.forget(host)  # nothing was changed
             raise
         found.note_package(host, PLACED)
         if host.is_running:
@@ -353,7 +371,8 @@ def _worth_placing(
     return tuple(
         change
         for change in changes
-        if change.path not in world.contested or old.get(_NAMES[change.path]) != new.get(_NAMES[change.path])
+        if change.path not in world.contested
+        or old.get(_NAMES.get(change.path, "")) != new.get(_NAMES.get(change.path, ""))
     )
 
 
@@ -371,6 +390,7 @@ def _start(world: World, watch: Watch) -> list[str]:
         if host.is_running:
             if _is_running(world) and signals.is_certificate_dead(host, world.clock.now()):
                 # pilot-agent asks for a new one by itself only before the old one ends.
+                begin(host)
                 _stop(world)
                 done.append("certificate had expired")
             if units.state(ISTIO).active in {"inactive", "failed", "activating"}:
@@ -410,13 +430,14 @@ def _become_oneself(host: Host, progress: Progress) -> None:
 def _note_as_found(world: World, *, has_sidecar: bool) -> None:
     """Note how the machine is, before the first change; what is noted already stays."""
     host = world.host
-    if found.load(host) is None:
+    if found.load(host) is None and store.load(host) is None:
         found.note(
             host,
             Found(
                 has_sidecar=has_sidecar,
                 has_user=host.account(place.USER) is not None,
                 is_enabled=has_sidecar and world.units.is_enabled(ISTIO),
+                was_running=_is_running(world),
                 hosts_end_open=not (host.read(place.ETC_HOSTS) or b"\n").endswith(b"\n"),
                 bare=found.look(host, PLACED),
             ),
@@ -438,7 +459,7 @@ def _running_again(world: World, was_running: bool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if was_running and not _is_running(world):
+        if was_running:  # also where it is just being stopped: systemd starts it after that
             world.units.request_start(ISTIO)
         raise
 

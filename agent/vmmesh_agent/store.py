@@ -78,6 +78,11 @@ class Membership:
         return self.good is None or self.good.fingerprint != self.current.fingerprint
 
     @property
+    def is_open(self) -> bool:
+        """Is it still to be seen which generation is good?"""
+        return self.is_on_trial or (self.given_up is not None and not self.given_up.is_confirmed)
+
+    @property
     def roots_before(self) -> bytes:
         """The roots that the cluster had told before, where the files may still be those: see `place.plan`."""
         return self.previous_root if self.unfinished else self.current.bundle.files[bundles.ROOT_CERT]
@@ -115,14 +120,14 @@ def load(host: Host) -> Membership | None:
     content = host.read(FILE, _MAX_BYTES)
     try:
         document = json.loads(content or b"{}")
-        given_up = document["given_up"]
+        good, given_up = document.get("good"), document.get("given_up")
         return Membership(
             machine=str(document["machine"]),
             current=_generation(document["current"]),
-            good=_generation(document["good"]) if document["good"] else None,
-            previous_root=str(document["previous_root"]).encode("utf-8", "surrogateescape"),
-            ssh_ports=tuple(map(int, document["ssh_ports"])),
-            unfinished=bool(document["unfinished"]),
+            good=_generation(good) if good else None,
+            previous_root=str(document.get("previous_root", "")).encode("utf-8", "surrogateescape"),
+            ssh_ports=tuple(map(int, document.get("ssh_ports", ()))),
+            unfinished=bool(document.get("unfinished")),
             given_up=GivenUp(**given_up | {"at": datetime.fromisoformat(given_up["at"])}) if given_up else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError, BundleRefusedError):

@@ -26,7 +26,7 @@ _IS_OUT = frozenset({State.FAILED, State.STARTING})  # one that somebody stopped
 def is_open(host: Host) -> bool:
     """Is there something to conclude?"""
     membership = store.load(host)
-    return membership is not None and _is_open(membership)
+    return membership is not None and membership.is_open
 
 
 def conclude(world: World, watch: Watch, health: Health, *, is_time_up: bool) -> bool:
@@ -35,7 +35,7 @@ def conclude(world: World, watch: Watch, health: Health, *, is_time_up: bool) ->
     Raise `HostError` (join-undone) where a first join came to nothing and was undone.
     """
     membership = store.load(world.host)
-    if membership is None or not _is_open(membership):
+    if membership is None or not membership.is_open:
         return False
     if health.state is State.HEALTHY or (is_time_up and health.state in _SERVES):
         _accept(world, membership)
@@ -44,12 +44,21 @@ def conclude(world: World, watch: Watch, health: Health, *, is_time_up: bool) ->
     return False
 
 
+def acquit(host: Host) -> bool:
+    """Let a generation be tried again that was given up: the last good one does no good any more. Was there one?"""
+    membership = store.load(host)
+    if membership is None or membership.given_up is None:
+        return False
+    store.save(host, replace(membership, given_up=None))
+    return True
+
+
 def undo_half_done(world: World) -> None:
     """Undo a first join that failed after the first file was placed, and before the sidecar was started on all."""
     membership = store.load(world.host)
     is_half_done = membership is not None and membership.good is None and membership.unfinished
     if is_half_done and world.config.on_failure.first_join is FirstJoin.UNDO:
-        undo(world.host, world.progress, with_package=True)
+        undo(world.host, world.progress, with_package=True, resumes=True)
 
 
 def standing(host: Host) -> list[Condition]:
@@ -69,10 +78,6 @@ def standing(host: Host) -> list[Condition]:
             since=given_up.at,
         )
     ]
-
-
-def _is_open(membership: Membership) -> bool:
-    return membership.is_on_trial or (membership.given_up is not None and not membership.given_up.is_confirmed)
 
 
 def _accept(world: World, membership: Membership) -> None:
@@ -111,7 +116,7 @@ def _named(health: Health) -> str:
 
 
 def _undo_join(world: World, health: Health, reason: str) -> None:
-    undo(world.host, world.progress, with_package=True)
+    undo(world.host, world.progress, with_package=True, resumes=True)
     hints = [condition.remedy for condition in health.conditions[:1] if condition.remedy]
     raise HostError(
         f"the sidecar did not become healthy, and the machine was left as it was found ({_named(health)}): {reason}",

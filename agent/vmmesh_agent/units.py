@@ -66,7 +66,8 @@ class Units:
         self._host.run(["systemctl", "daemon-reload"], timeout=_SECONDS)
 
     def start(self, unit: str) -> None:
-        self._host.run(["systemctl", "start", unit], timeout=_SECONDS)
+        """Start the unit and wait for it; network-online.target, which it may wait for, may take two minutes."""
+        self._host.run(["systemctl", "start", unit], timeout=2.5 * _SECONDS)
 
     def stop(self, unit: str) -> None:
         self._host.run(["systemctl", "stop", unit], timeout=_SECONDS)

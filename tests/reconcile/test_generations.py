@@ -213,7 +213,7 @@ def test_what_was_interrupted_is_finished_without_the_endpoint(machine: Machine)
 
 def test_the_files_are_whole_before_the_sidecar_starts(machine: Machine) -> None:
     after = interrupted(machine)
-    restore(machine, machine.onlooker, MOMENT)
+    restore(machine, machine.onlooker)
     assert placed(machine) == after
     assert machine.active == "inactive"
 
@@ -250,7 +250,7 @@ def test_a_copied_disk_has_no_identity(machine: Machine) -> None:
     assert owner
     machine.write(PurePosixPath("/etc/certs/key.pem"), b"secret", owner, 0o600)
     machine.write(MACHINE_ID, b"f" * 32 + b"\n", ROOT, 0o444)
-    restore(machine, machine.onlooker, MOMENT)
+    restore(machine, machine.onlooker)
     assert machine.read(place.TOKEN) is None
     assert machine.read(place.CLUSTER_ENV) is None
     assert machine.names_in(PurePosixPath("/etc/certs")) == []

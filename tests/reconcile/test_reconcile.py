@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from factories import CLUSTER, DEMO, MOMENT, STRANGER, a_config
+from factories import CLUSTER, DEMO, STRANGER, a_config
 from fakes import FakeMachine, write_package
 from reconcile.ready import PACKAGE, Machine
 from vmmesh_agent import place
@@ -154,13 +154,13 @@ def test_after_a_reboot_the_token_is_put_back_without_the_cluster(machine: Machi
     assert machine.read(place.TOKEN) is None
     for file in (machine.root / "srv/bundle").iterdir():
         file.unlink()
-    restore(machine, machine.onlooker, MOMENT + timedelta(days=2))
+    restore(machine, machine.onlooker)
     assert machine.read(place.TOKEN) == machine.token.encode()
     found = machine.status(place.TOKEN)
     assert found
     assert (found.owner.uid, found.mode) == (FakeMachine.UID, 0o600)
     before = machine.everything()
-    restore(machine, machine.onlooker, MOMENT + timedelta(days=2))
+    restore(machine, machine.onlooker)
     assert machine.everything() == before
 
 
@@ -168,18 +168,18 @@ def test_what_the_sidecar_learned_is_not_rolled_back_by_a_restore(machine: Machi
     machine.join()
     both = CLUSTER.root_pem + STRANGER.pem
     (machine.root / "etc/certs/root-cert.pem").write_bytes(both)
-    restore(machine, machine.onlooker, MOMENT)
+    restore(machine, machine.onlooker)
     assert machine.read(place.ROOT_CERT) == both
 
 
 def test_without_a_bundle_there_is_nothing_to_restore(machine: Machine) -> None:
     before = machine.everything()
-    restore(machine, machine.onlooker, MOMENT)
+    restore(machine, machine.onlooker)
     assert machine.everything() == before
     machine.join()
     (machine.root / "var/lib/vmmesh-agent/state.json").write_bytes(b'{"half": ')
     before = machine.everything()
-    restore(machine, machine.onlooker, MOMENT)
+    restore(machine, machine.onlooker)
     assert machine.everything() == before
 
 

@@ -52,7 +52,7 @@ PLACES = {  # below the root, where no link is on the way
     "hosts": "etc/hosts",
 }
 STATE = "var/lib/vmmesh-agent/state.json"  # the journal
-FOUND = "var/lib/vmmesh-agent/found.json"  # how the machine was before; `leave` takes it away last
+LEAVING = "var/lib/vmmesh-agent/leaving"  # is there while `leave` is half-way
 # What others wrote into /etc/hosts, before the join and after it.
 BEFORE = b"127.0.0.1\tlocalhost sweep0 sweep1 sweep2 sweep3\n\n# a comment  \n::1 v6\n198.51.100.7   db  db.example\n"
 AFTER = b"# last\n198.51.100.8 cache.example"
@@ -182,9 +182,7 @@ def _foreign(hosts: bytes) -> list[bytes]:
 
 def is_unfinished(root: Path) -> bool:
     """Does the agent know that it is not done: does its journal say so, or has it begun to leave?"""
-    if not (root / STATE).exists():
-        return (root / FOUND).exists()
-    return _journal(root).get("unfinished") is True
+    return (root / LEAVING).exists() or _journal(root).get("unfinished") is True
 
 
 def _journal(root: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lab.run import Run
 from standins.packages import Packages
 from system.sweep import (
     BEFORE,
-    FOUND,
+    LEAVING,
     KILL,
     PLACES,
     STATE,
@@ -101,9 +101,9 @@ def test_one_new_file_among_old_ones_is_torn(tmp_path: Path, name: str) -> None:
         (JOURNAL, False, "begun"),
         (JOURNAL, True, "torn"),
         ({STATE: b'{"unfinished": false}'}, False, "torn"),
-        ({STATE: b"{}", FOUND: b"{}"}, False, "torn"),
+        ({STATE: b"{}", LEAVING: b""}, False, "begun"),
         ({STATE: b'{"unfin'}, False, "torn"),
-        ({FOUND: b"{}"}, False, "begun"),
+        ({LEAVING: b""}, False, "begun"),
         ({}, False, "torn"),
     ],
 )
