@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vmmesh_agent.world import World
 
 _DEFAULT_TIMEOUT = 300.0  # of a join, until the sidecar starts
+_JOIN_UNDONE = "join_undone"  # the condition that outlives the command which told it
 _LOCK_SECONDS = 70.0  # the daemon has the lock during an attempt, which asks the endpoint for up to a minute
 
 
@@ -415,7 +416,11 @@ def _current(host: Host) -> "Report":
     last = (before.unit.invocation, before.health) if before else None
     known = before.known if before else report.Known()
     observation = Watch(host, Units(host), known=last, follows=False).observe(moment, known)
-    return describe(observation, known=known, before=before, trouble=None, moment=moment, by_daemon=False)
+    is_out = observation.health.state is State.NOT_JOINED
+    last_word = [each for each in before.health.conditions if each.code == _JOIN_UNDONE] if before and is_out else []
+    return describe(
+        observation, known=known, before=before, also=last_word, trouble=None, moment=moment, by_daemon=False
+    )
 
 
 def _is_fresh(record: "Report | None", moment: datetime) -> bool:

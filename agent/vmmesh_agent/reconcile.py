@@ -154,10 +154,12 @@ def recover(world: World, watch: Watch) -> None:
     elif membership and membership.unfinished:
         with world.progress.step("recover") as step:
             changes = plan_of(host, membership)
-            exchange(world, changes)
+            with _running_again(world, host.is_running):
+                _exchange(world, changes)
             step.says(f"finished what was interrupted: {_listed(changes) or 'all files were in place'}")
         try:
-            _start(world, watch)
+            with _running_again(world, host.is_running):
+                _start(world, watch)
         except AgentError as error:  # what comes from the endpoint may mend it
             world.progress.note(error.message)
 
@@ -169,19 +171,11 @@ def plan_of(host: Host, membership: Membership) -> tuple[place.Change, ...]:
     return place.plan(host, bundle, membership.roots_before, generation.verified_at, membership.ssh_ports)
 
 
-def exchange(world: World, changes: Sequence[place.Change]) -> None:
-    """Put the files of this very generation back, under a stopped sidecar where it reads them only when it starts."""
-    with place.staged(world.host, changes) as staged, _running_again(world, _is_running(world)):
-        if any(change.restarts for change in changes):
-            begin(world.host)
-            _stop(world)
-        staged.commit()
-
-
 def restart_on(world: World, watch: Watch, changes: Sequence[place.Change]) -> None:
     """Put files back, and start the sidecar on them."""
-    exchange(world, changes)
-    _start(world, watch)
+    with _running_again(world, _is_running(world)):
+        _exchange(world, changes)
+        _start(world, watch)
 
 
 def begin(host: Host) -> None:
@@ -196,8 +190,9 @@ def go_back(world: World, watch: Watch, membership: Membership) -> None:
     assert membership.good is not None  # noqa: S101  # the caller's reason to go back
     back = membership.good.with_token_of(membership.current)
     bundle = verify(back.bundle, back.verified_at, resolves=lambda _: True)
-    _place(world, membership.followed_by(back, membership.ssh_ports), bundle)
-    _start(world, watch)
+    with _running_again(world, _is_running(world)):
+        _place(world, membership.followed_by(back, membership.ssh_ports), bundle)
+        _start(world, watch)
 
 
 # --- the steps ---
@@ -360,6 +355,15 @@ def _place(world: World, membership: Membership, bundle: VerifiedBundle) -> list
             _stop(world)  # should somebody have started it meanwhile, it has read half of the old files
         step.says(_listed(changes) or "nothing to change")
     return [str(change.path) for change in changes]
+
+
+def _exchange(world: World, changes: Sequence[place.Change]) -> None:
+    """Put files of this very generation back, under a stopped sidecar where it reads them only when it starts."""
+    with place.staged(world.host, changes) as staged:
+        if any(change.restarts for change in changes):
+            begin(world.host)
+            _stop(world)
+        staged.commit()
 
 
 def _worth_placing(

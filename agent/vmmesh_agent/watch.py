@@ -248,7 +248,7 @@ def _with_conditions(health: Health, found: Sequence[Condition]) -> Health:
         return replace(health, conditions=conditions)
     state = State.FAILED if worst.severity is Severity.FAILED else State.DEGRADED
     # A sidecar that is stopped or starting does not become "degraded" by what else is wrong.
-    keeps = health.state in {State.STOPPED, State.STARTING, State.FAILED}
+    keeps = health.state in {State.STOPPED, State.STARTING, State.FAILED, State.NOT_JOINED}
     return Health(health.state if keeps else state, health.cause if keeps else worst.code, conditions)
 
 
