@@ -215,7 +215,7 @@ class Daemon:
                 self.log.warning("not concluded", code=error.code, message=error.message)
             return
         self.is_hurried = self.is_hurried or went_back
-        self._note_trial(is_new=went_back)
+        self._note_trial(is_new=went_back or is_time_up)  # a verdict that was put off has all its time again
 
     def _act_on_long_failure(self) -> None:
         """Where the last good generation does no good any more, try what was given up; open the capture if wanted."""

@@ -5,7 +5,7 @@
     ├── NotPermittedError      needs root                                                        77
     ├── ConfigurationError     /etc/vmmesh-agent is wrong; the daemon ends with this one only    78
     ├── FetchError             the endpoint was not reached, or it refused
-    ├── BundleRefusedError          the bundle may not be trusted; carries every problem
+    ├── BundleRefusedError     the bundle may not be trusted; carries every problem
     ├── InstallError           the sidecar package could not be installed
     ├── PlaceError             a file could not be put where it belongs
     └── HostError              the machine itself: a command failed, no space, a read-only disk
@@ -49,7 +49,9 @@ class ConfigurationError(AgentError):
 
 
 class FetchError(AgentError):
-    """The endpoint was not reached, or it refused."""
+    """The endpoint was not reached, or it refused. `retry_after` is for how many seconds it wants to be left alone."""
+
+    retry_after = 0.0
 
 
 class InstallError(AgentError):

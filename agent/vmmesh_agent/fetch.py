@@ -8,6 +8,7 @@ it runs as nobody. What it answers is read here as a stranger's: bounded in size
 import hashlib
 import hmac
 import json
+import math
 import re
 import select
 import sys
@@ -35,6 +36,7 @@ _MAX_ANSWER = 8 * bundles.MAX_BYTES  # a byte of a file may take six in JSON
 _MAX_CREDENTIAL = 64 * 1024
 _MAX_COMPLAINT = 256 * 1024
 _EXEC_SECONDS = 30
+_LONGEST_WAIT = 3600.0
 _START_SECONDS = 3.0  # in which the child has loaded its modules, on a slow machine
 
 _MACHINE_ID = re.compile(rb"[0-9a-f]{32}")
@@ -77,7 +79,7 @@ def fetch(
         "headers": _headers(host, config, etag),
     }
     with _child(host, request) as child:
-        answer = _last_event(child, patience, on_retry, idle)
+        answer = _last_event(child, _Patience(patience), on_retry, idle)
     offset = answer.get("clock_offset")
     if not isinstance(offset, float):
         offset = None
@@ -102,7 +104,7 @@ def probe(
 
     request = {"kind": "probe", "url": url, "timeout": patience, "ca": ca, "pins": list(pins), "direct": direct}
     with _child(host, request | {"bearer": "", "client_certificate": ""}) as child:
-        _last_event(child, patience + _START_SECONDS, give_up)
+        _last_event(child, _Patience(patience + _START_SECONDS), give_up)
 
 
 def probe_endpoint(host: Host, config: Config, patience: float) -> None:
@@ -169,8 +171,20 @@ class Download:
         on_retry: OnRetry = lambda _: None,
         on_progress: Callable[[int], None] = lambda _: None,
     ) -> PurePosixPath:
-        """Wait for the end and return the path, the digest checked. `on_progress` gets the bytes so far."""
-        _last_event(self._child, patience, on_retry, idle=lambda: on_progress(self._file.size))
+        """Wait for the end and return the path, the digest checked. `on_progress` gets the bytes so far.
+
+        `patience` is for what does not come: it begins anew with each byte that does.
+        """
+        waiting, arrived = _Patience(patience), 0
+
+        def look() -> None:
+            nonlocal arrived
+            if self._file.size > arrived:
+                waiting.renew()
+            arrived = self._file.size
+            on_progress(arrived)
+
+        _last_event(self._child, waiting, on_retry, idle=look)
         digest = self._copy()
         if digest != self._expected:
             self._host.remove(self._into)
@@ -332,14 +346,13 @@ def _child(host: Host, request: Mapping[str, Any], *descriptors: int) -> Iterato
 
 def _last_event(
     child: Child,
-    patience: float | None,
+    patience: "_Patience",
     on_retry: OnRetry,
     idle: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Read the child's events until it is done; raise what failed, or the last trouble when patience ends."""
-    deadline = None if patience is None else time.monotonic() + patience
     trouble: FetchError | None = None
-    for line in _lines(child, deadline, idle):
+    for line in _lines(child, patience, idle):
         event = _event(line)
         if event["event"] not in {"retry", "failed"}:
             return event
@@ -347,13 +360,39 @@ def _last_event(
         error = FetchError(message, code=code, hint=hint, retry=event.get("retry") is True)
         if event["event"] == "failed":
             raise error
+        error.retry_after = _seconds(event.get("wait"))
+        if error.retry_after > patience.left():  # nobody is served by waiting for less than the endpoint wants
+            raise error
         trouble = error
         on_retry(trouble)
-    if deadline is not None and time.monotonic() >= deadline:
+    if patience.left() <= 0:
         raise trouble or FetchError(
-            f"no answer within {patience:g} s", code="endpoint-unreachable", hint="see endpoint.url", retry=True
+            f"no answer within {patience}", code="endpoint-unreachable", hint="see endpoint.url", retry=True
         )
     raise _broken(_last_words(child))
+
+
+class _Patience:
+    """The seconds that somebody waits; None is for ever."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = math.inf if seconds is None else seconds
+        self.renew()
+
+    def __str__(self) -> str:
+        return f"{self._seconds:g} s"
+
+    def renew(self) -> None:
+        """Begin anew."""
+        self._end = time.monotonic() + self._seconds
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+
+def _seconds(value: object) -> float:
+    """Return a number of seconds that the child names, within reason."""
+    return min(max(0.0, float(value)), _LONGEST_WAIT) if isinstance(value, int | float) else 0.0
 
 
 def _event(line: bytes) -> dict[str, Any]:
@@ -367,10 +406,10 @@ def _event(line: bytes) -> dict[str, Any]:
     return event
 
 
-def _lines(child: Child, deadline: float | None, idle: Callable[[], None]) -> Iterator[bytes]:
+def _lines(child: Child, patience: _Patience, idle: Callable[[], None]) -> Iterator[bytes]:
     assert child.stdout is not None  # noqa: S101  # started with pipes
     pending: list[bytes] = []
-    while deadline is None or time.monotonic() < deadline:
+    while patience.left() > 0:
         readable, _, _ = select.select([child.stdout], [], [], 0.2)
         idle()
         if not readable:

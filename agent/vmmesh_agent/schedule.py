@@ -4,7 +4,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from vmmesh_agent.clock import Clock
-from vmmesh_agent.errors import AgentError
+from vmmesh_agent.errors import AgentError, FetchError
 
 LONGEST_WAIT = 600.0  # seconds between attempts that failed, at most
 _FIRST_WAIT = 10.0
@@ -42,10 +42,11 @@ class Schedule:
         self._failures = 0
 
     def failed(self, error: AgentError) -> float:
-        """Wait exponentially longer, with full jitter. Return for how many seconds."""
+        """Wait exponentially longer, with full jitter, and as long as the endpoint asked. Return how many seconds."""
         self._failures += 1
         growth = min(LONGEST_WAIT, _FIRST_WAIT * 2.0 ** min(self._failures, 10))
-        return self.wait((_FIRST_WAIT if error.retry else _REFUSED_WAIT) + self._chance() * growth)
+        seconds = (_FIRST_WAIT if error.retry else _REFUSED_WAIT) + self._chance() * growth
+        return self.wait(max(seconds, error.retry_after if isinstance(error, FetchError) else 0.0))
 
     def succeeded(self, issued_at: datetime | None, expires_at: datetime) -> None:
         """Wait until the token has used up half of its life and some more."""

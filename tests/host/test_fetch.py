@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ def refusal(host: Host, **settings: Any) -> AgentError:
     with pytest.raises(AgentError) as caught:
         fetch(host, a_config("https://mesh.example.com/", **settings), patience=100)
     assert caught.value.message.isprintable()
+    assert caught.value.hint
     return caught.value
 
 
@@ -113,7 +115,7 @@ def test_a_child_that_changes_what_was_judged_changes_nothing_that_is_installed(
     (tree / "package").write_bytes(PACKAGE)
     script = f"""
 import json, os, sys, time
-descriptor = json.load(sys.stdin)["descriptor"]
+descriptor = json.loads(sys.stdin.readline())["descriptor"]
 good = open({str(tree / "package")!r}, "rb").read()
 os.pwrite(descriptor, good, 0)
 time.sleep(0.5)
@@ -193,6 +195,7 @@ def test_a_redirection_in_circles_or_to_plain_http_is_refused(tree: Path, tmp_pa
     with Endpoint(tls_of(CLUSTER, tmp_path), answers).serving() as endpoint, pytest.raises(FetchError) as caught:
         download(Host(tree), endpoint)
     assert caught.value.code == "endpoint-redirects"
+    assert "sidecar.package" in caught.value.hint
     assert len(endpoint.requests) < 10
     assert os.listdir(tree / "var/cache") == []
 
@@ -203,7 +206,34 @@ def test_somebody_elses_server_gets_no_credential_and_no_trust(tree: Path, tmp_p
         with Endpoint(tls_of(CLUSTER, tmp_path), [b""]).serving() as endpoint, pytest.raises(FetchError) as caught:
             download(Host(tree), endpoint, url=store.url, credential=Credential(join_token_file=PATH("/token")))
         assert caught.value.code == "endpoint-unknown-ca"  # the CA of the endpoint is not the world's
+        assert "endpoint.ca" not in caught.value.hint
         assert store.requests == []
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden", "404 Not Found", "410 Gone"])
+def test_a_package_that_is_not_handed_out_is_not_told_as_the_bundle(tree: Path, tmp_path: Path, status: str) -> None:
+    answers = [http(status, b"never heard of it", Content_Type="text/plain")]
+    with Endpoint(tls_of(CLUSTER, tmp_path), answers).serving() as endpoint, pytest.raises(FetchError) as caught:
+        download(Host(tree), endpoint, url=f"https://127.0.0.1:{endpoint.port}/a.rpm?signature=4711")
+    assert (caught.value.code, caught.value.retry) == ("package-missing", False)
+    assert f"https://127.0.0.1:{endpoint.port}/a.rpm has no" in caught.value.message
+    assert f"({status[:3]}: never heard of it)" in caught.value.message
+    assert "4711" not in caught.value.message
+    assert "sidecar.package" in caught.value.hint
+
+
+def test_a_package_cannot_be_unchanged(tree: Path, tmp_path: Path) -> None:
+    answers = [http("304 Not Modified")]
+    with Endpoint(tls_of(CLUSTER, tmp_path), answers).serving() as endpoint, pytest.raises(FetchError) as caught:
+        download(Host(tree), endpoint)
+    assert caught.value.code == "endpoint-malformed-answer"
+
+
+def test_an_address_of_a_package_that_makes_no_sense_is_told_as_such(tree: Path, tmp_path: Path) -> None:
+    with Endpoint(tls_of(CLUSTER, tmp_path), []).serving() as endpoint, pytest.raises(FetchError) as caught:
+        download(Host(tree), endpoint, url="https://[::1/a.rpm")
+    assert caught.value.code == "endpoint-address-invalid"
+    assert "sidecar.package" in caught.value.hint
 
 
 # --- credentials ---
@@ -284,13 +314,20 @@ def test_a_bundle_that_is_not_there_may_come_yet(tree: Path) -> None:
 # --- the end of the parent ---
 
 
-def test_a_child_whose_parent_was_killed_ends_with_its_next_word(tree: Path, tmp_path: Path) -> None:
+def test_a_child_whose_parent_was_killed_ends_in_the_middle_of_an_answer(tree: Path, tmp_path: Path) -> None:
     script = """
 import sys; from pathlib import *; sys.path.insert(0, sys.argv[3])
 from factories import a_config; from vmmesh_agent.fetch import fetch; from vmmesh_agent.host import Host
-fetch(Host(Path(sys.argv[1])), a_config(sys.argv[2], ca_file=PurePosixPath("/ca.pem")))
+fetch(Host(Path(sys.argv[1])), a_config(sys.argv[2], ca_file=PurePosixPath("/ca.pem"), timeout=300.0))
 """
-    with Endpoint(tls_of(CLUSTER, tmp_path), [http("503 Service Unavailable")]).serving() as endpoint:
+
+    def drip(connection: socket.socket) -> None:
+        """Keep whoever listens from ever having something to say."""
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        while not endpoint.done.wait(0.5):
+            connection.sendall(b" ")
+
+    with Endpoint(tls_of(CLUSTER, tmp_path), [drip]).serving() as endpoint:
         argv: list[str | Path] = [sys.executable, "-c", script, tree, endpoint.url, Path(__file__).parents[1]]
         parent = subprocess.Popen(argv)
         eventually(lambda: len(endpoint.requests) > 0)

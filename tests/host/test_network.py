@@ -1,6 +1,7 @@
 """The network child against a real HTTPS server on loopback, with every fault that a server can have."""
 
 import os
+import select
 import socket
 import ssl
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -75,6 +77,7 @@ def trouble_of(host: Host, config: Config) -> FetchError:
     with pytest.raises(FetchError) as caught:
         fetch(host, config, patience=200, on_retry=enough)
     assert caught.value.message.isprintable()
+    assert caught.value.hint
     return caught.value
 
 
@@ -131,6 +134,20 @@ def test_what_has_not_changed_is_not_sent_again(host: Host, serve: Serve) -> Non
     fetched = fetch(host, trusting(endpoint), etag='"one"', patience=200)
     assert (fetched.bundle, fetched.etag) == (None, '"one"')
     assert endpoint.header("If-None-Match") == '"one"'
+
+
+@pytest.mark.parametrize("etag", ['"one"', 'W/"one"'])
+def test_a_proxy_may_have_weakened_the_etag_of_what_has_not_changed(host: Host, serve: Serve, etag: str) -> None:
+    endpoint = serve(http("304 Not Modified", ETag=etag))
+    assert fetch(host, trusting(endpoint), etag='"one"', patience=200).bundle is None
+
+
+def test_another_bundle_than_ours_has_not_changed_is_no_answer(host: Host, serve: Serve) -> None:
+    endpoint = serve(http("304 Not Modified", ETag='"two"'))
+    with pytest.raises(FetchError) as caught:
+        fetch(host, trusting(endpoint), etag='"one"', patience=200)
+    assert (caught.value.code, caught.value.retry) == ("endpoint-malformed-answer", True)
+    assert len(endpoint.requests) == 1  # the same question again would have the same answer
 
 
 def test_an_etag_that_could_not_be_sent_back_is_not_kept(host: Host, serve: Serve) -> None:
@@ -215,6 +232,42 @@ def test_a_server_that_is_not_trusted_is_told_nothing(host: Host, serve: Serve) 
     assert not [request for endpoint in endpoints.values() for request in endpoint.requests if "join-me" in request]
 
 
+def test_an_expired_ca_is_not_told_as_the_servers_own_certificate(host: Host, serve: Serve) -> None:
+    ca = Authority.create("Old", not_before=MOMENT.replace(year=2001), not_after=MOMENT.replace(year=2002))
+    endpoint = serve(ca=ca, shown=ca.pem)
+    pin = read_pem(ca.pem.decode())[0].pin
+    error = trouble_of(host, trusting(endpoint, ca_file=None, ca_pins=(pin,)))
+    assert error.code == "endpoint-certificate-expired"
+    assert "or its CA's" in error.message
+
+
+# What a server sends instead of its part of the handshake → what the remedy speaks of.
+HANDSHAKES = {
+    "an alert: no common cipher": (b"\x15\x03\x03\0\2\2\x28", "TLS 1.2"),
+    "an alert: no common version": (b"\x15\x03\x03\0\2\2\x46", "TLS 1.2"),
+    "the end of the connection": (b"", "firewall"),
+}
+
+
+def test_a_handshake_that_fails_is_told_in_words(host: Host, serve: Serve) -> None:
+    endpoints = {name: serve(answer, plain=True) for name, (answer, _) in HANDSHAKES.items()}
+    found = at_once({name: partial(trouble_of, host, trusting(endpoint)) for name, endpoint in endpoints.items()})
+    for name, (_, remedy) in HANDSHAKES.items():
+        assert (found[name].code, found[name].retry) == ("endpoint-handshake-failed", True), name
+        assert remedy in found[name].hint, name
+        assert "_ssl.c" not in found[name].message
+
+
+@pytest.mark.parametrize("pins", [(), (CA_PIN,)], ids=["by CA file", "by pin"])
+def test_silence_in_the_handshake_is_not_told_as_a_host_that_is_down(
+    host: Host, serve: Serve, pins: tuple[str, ...]
+) -> None:
+    enough = threading.Event()
+    endpoint = serve(lambda _: enough.wait(120), plain=True)
+    assert trouble_of(host, trusting(endpoint, timeout=2.0, ca_pins=pins)).code == "endpoint-handshake-silent"
+    enough.set()
+
+
 def test_a_ca_file_without_a_certificate_is_named(host: Host, serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "tree/ca.pem").write_text("hello\n")
     assert trouble_of(host, trusting(serve())).code == "ca-file-invalid"
@@ -249,6 +302,7 @@ ANSWERS: list[tuple[bytes, str, bool]] = [
     (http("410 Gone"), "endpoint-gone", False),
     (http("400 Bad Request"), "endpoint-refused", False),
     (http("204 No Content"), "endpoint-refused", False),
+    (http("408 Request Timeout"), "endpoint-failing", True),
     (http("429 Too Many Requests"), "endpoint-busy", True),
     (http("500 Internal Server Error"), "endpoint-failing", True),
     (http("503 Service Unavailable", b"\x1b[2J" * 5000), "endpoint-failing", True),
@@ -334,11 +388,26 @@ def test_what_can_pass_is_tried_again_and_told(host: Host, serve: Serve) -> None
     assert told == ["endpoint-broke-off", "endpoint-failing"]
 
 
-def test_a_server_that_asks_for_time_gets_it(host: Host, serve: Serve) -> None:
+def test_a_server_that_asks_for_more_time_than_there_is_is_left_alone_at_once(host: Host, serve: Serve) -> None:
     endpoint = serve(http("429 Too Many Requests", Retry_After="3600"), GOOD)
     with pytest.raises(FetchError) as caught:
-        fetch(host, trusting(endpoint), patience=3)
-    assert caught.value.code == "endpoint-busy"
+        fetch(host, trusting(endpoint), patience=200)
+    assert (caught.value.code, caught.value.retry) == ("endpoint-busy", True)
+    assert caught.value.retry_after >= 600
+    assert len(endpoint.requests) == 1
+
+
+def test_a_server_that_asks_for_time_gets_it(host: Host, serve: Serve) -> None:
+    endpoint = serve(http("429 Too Many Requests", Retry_After="60"), GOOD)
+    told: list[AgentError] = []
+
+    def look(pauses: Iterator[int]) -> None:
+        if told and next(pauses) == 10:  # longer than any first back-off
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fetch(host, trusting(endpoint), patience=200, on_retry=told.append, idle=partial(look, count()))
+    assert [error.code for error in told] == ["endpoint-busy"]
     assert len(endpoint.requests) == 1
 
 
@@ -359,6 +428,44 @@ def test_a_proxy_of_the_environment_is_used(host: Host, serve: Serve, monkeypatc
     error = trouble_of(host, a_config("https://mesh.example.com/v1/bundle", timeout=60.0, ca_file=PATH("/ca.pem")))
     assert (error.code, error.retry) == ("proxy-refused", True)
     assert proxy.requests[0].startswith("CONNECT mesh.example.com:443 ")
+
+
+def test_a_proxy_that_cannot_be_reached_is_not_told_as_the_endpoint(
+    host: Host, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        nobody = f"127.0.0.1:{listener.getsockname()[1]}"
+    mute = f"127.0.0.1:{serve(b'', plain=True).port}"
+    config = a_config("https://mesh.example.com/v1/bundle", timeout=60.0, ca_file=PATH("/ca.pem"))
+    for proxy in (nobody, "proxy.invalid:3128", mute):
+        monkeypatch.setenv("https_proxy", f"http://{proxy}")
+        error = trouble_of(host, config)
+        assert (error.code, error.retry) == ("proxy-refused", True), proxy
+        assert proxy in error.message
+        assert "mesh.example.com" not in error.message
+        assert "https_proxy" in error.hint
+
+
+def test_beyond_a_proxy_it_is_the_endpoint_again(host: Host, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, wrong = serve(shown=CLUSTER.root_pem), serve(names=["other.example.com"])
+
+    def tunnel(onward: int, connection: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", onward)) as other:
+            connection.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+            while True:
+                for end in select.select([connection, other], [], [], 120)[0]:
+                    chunk = end.recv(65536)
+                    (other if end is connection else connection).sendall(chunk)
+                    if not chunk:
+                        return
+
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{serve(partial(tunnel, good.port), plain=True).port}")
+    for trust in ({}, {"ca_pins": (CA_PIN,)}):
+        assert all_of(fetch(host, trusting(good, **trust), patience=200)) == CONTENTS
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{serve(partial(tunnel, wrong.port), plain=True).port}")
+    error = trouble_of(host, trusting(wrong))
+    assert error.code == "endpoint-wrong-name"
+    assert f"127.0.0.1:{wrong.port}" in error.message
 
 
 def test_a_host_may_be_exempt_from_the_proxy(host: Host, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,14 @@ def test_rpms_versions_are_compared_by_rpms_rules(tree: Path) -> None:
     assert not rpm.is_newer('1")os.exit(1)--', "1.28")
 
 
+def test_a_list_of_packages_is_no_rpm(tree: Path) -> None:
+    """rpm would open what such a list names, as root: files, and addresses too."""
+    (tree / "opt/list.rpm").write_text(f"{tree}{an_rpm(tree)}\n")
+    with pytest.raises(InstallError) as caught:
+        Rpm(Host(tree)).inspect(PATH("/opt/list.rpm"))
+    assert caught.value.code == "package-invalid"
+
+
 # --- both ---
 
 

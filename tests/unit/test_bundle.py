@@ -188,6 +188,10 @@ def test_what_cannot_be_read_as_a_bundle_is_refused_with(data: bytes, code: str)
     assert error.hint
 
 
+def test_nothing_is_told_as_nothing() -> None:
+    assert refusal(b"").message == "the bundle was refused: it is empty"
+
+
 def test_a_sparse_entry_claims_more_than_it_holds_and_is_refused() -> None:
     """An old GNU sparse header: 512 bytes in the archive, gigabytes when read."""
     plain = bytearray(tar((entry("hosts"), b"x" * 512)))
@@ -210,7 +214,7 @@ def test_a_damaged_archive_is_refused_or_read_but_never_a_crash() -> None:
             assert error.code.startswith("bundle-")  # noqa: PT017  # most are read, some are refused
 
 
-def test_a_refusal_of_one_problem_has_its_code_and_of_several_lists_them() -> None:
+def test_a_refusal_of_one_kind_has_its_code_and_of_several_lists_them() -> None:
     one, other = (
         Problem("a-code", "hosts", "it is wrong", "mend it"),
         Problem("b-code", "", "it is wrong too", "mend it"),
@@ -219,6 +223,7 @@ def test_a_refusal_of_one_problem_has_its_code_and_of_several_lists_them() -> No
     both = BundleRefusedError(one, other)
     assert both.code == "bundle-refused"
     assert both.hint == "mend it"
+    assert BundleRefusedError(one, one).code == "a-code"
     assert both.message.splitlines()[1:] == ["  hosts: it is wrong [a-code]", "  it is wrong too [b-code]"]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from factories import MOMENT
 from vmmesh_agent.clock import Clock
-from vmmesh_agent.errors import AgentError
+from vmmesh_agent.errors import AgentError, FetchError
 from vmmesh_agent.schedule import LONGEST_WAIT, Schedule
 
 HOUR = timedelta(hours=1)
@@ -84,6 +84,13 @@ def test_failures_are_ever_further_apart_up_to_a_limit(retry: bool, least: float
     assert (waits[0], waits[-1]) == (least + 20, least + LONGEST_WAIT)
     schedule.forgive()
     assert schedule.failed(trouble) == waits[0]
+
+
+def test_an_endpoint_that_says_when_to_come_again_is_left_alone_until_then(hands: Hands) -> None:
+    schedule = Schedule(hands.clock, lambda: 0.0)
+    busy = FetchError("busy", code="busy", retry=True)
+    busy.retry_after = 900.0
+    assert schedule.failed(busy) == waited(hands, schedule) == 900
 
 
 def test_what_is_urgent_waits_less_but_is_not_hammered(hands: Hands) -> None:

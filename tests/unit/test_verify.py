@@ -437,6 +437,15 @@ def test_a_bundle_for_another_workload_than_configured_is_refused() -> None:
     assert refusals(a_bundle(), expected=Workload("prod", "demo")) == {("cluster.env", "wrong-workload")}
 
 
+def test_a_bundle_of_another_workload_is_told_once_whoever_expected_which() -> None:
+    for delivered in (Workload("vm", "other"), Workload("vm", "third")):
+        with pytest.raises(BundleRefusedError) as caught:
+            verify(a_bundle(workload=delivered), MOMENT, resolves=nothing, expected=Workload("vm", "other"))
+        (problem,) = caught.value.problems
+        says = f"the bundle says it is for {delivered} and the configuration asks for vm/other"
+        assert problem.message == f"it is for vm/demo, but {says}"
+
+
 def test_hosts_may_not_name_the_machine_itself() -> None:
     hosts = b"192.0.2.1 istiod.istio-system.svc istiod.shop.svc istiod\n"
     mesh = b"defaultConfig: {discoveryAddress: 'istiod.istio-system.svc:15012'}"
