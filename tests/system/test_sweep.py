@@ -16,8 +16,8 @@ from lab.run import Run
 from standins.packages import Packages
 from system.sweep import (
     BEFORE,
-    LEAVING,
     KILL,
+    LEAVING,
     PLACES,
     STATE,
     Lab,
