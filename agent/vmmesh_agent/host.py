@@ -1,11 +1,10 @@
-"""The machine: its files, its users, its commands. THE seam: `os` and `subprocess` are used nowhere else.
+"""The machine: its files, its users, its commands. THE seam: nothing else of the agent reaches the machine.
 
 Every path of the machine is a `PurePosixPath` and is looked up below the root prefix, links included, so that
 `--root DIR` works on another tree as in rpm and systemctl.
 
 Some of the folders belong to istio-proxy, a lesser user. So each path is walked by directory descriptors, a
-link is followed only where root (or the caller) owns it, a file is never opened for writing by name, and no
-ownership is ever changed by a recursive walk.
+link is followed only where root (or the caller) owns it, and what is there is replaced, never written into.
 """
 
 import contextlib

@@ -22,8 +22,6 @@ _LEAVING = store.FOLDER / "leaving"  # is there while it is not known whether al
 _PROGRAMS = PurePosixPath("/usr/local/bin")
 _RUN = PurePosixPath("/run/vmmesh-agent")
 
-# The mesh configuration has two names: /etc/istio is the package's link to /var/lib/istio.
-PLACED = frozenset(entry.path for entry in place.TABLE.values()) | {PurePosixPath("/var/lib/istio/config/mesh")}
 _IDENTITY = frozenset({signals.CERT_CHAIN, signals.KEY})
 
 
@@ -117,10 +115,10 @@ def _files(host: Host, noted: Found | None, sidecar_user: Account | None) -> lis
         place.rewrite_hosts(host, without)
     tree = noted.tree if noted else {}
     if noted is None:  # nothing is known of before: what is the agent's and the sidecar's identity goes, no more
-        for path in PLACED | _IDENTITY:
+        for path in place.PLACED | _IDENTITY:
             host.remove(path)
         return []
-    return found.put_back(host, tree, PLACED, _IDENTITY, sidecar_user)
+    return found.put_back(host, tree, place.PLACED, _IDENTITY, sidecar_user)
 
 
 def _package(host: Host, noted: Found, sidecar_user: Account | None) -> str:
@@ -134,7 +132,7 @@ def _package(host: Host, noted: Found, sidecar_user: Account | None) -> str:
             if programs and not host.status(_PROGRAMS):  # dpkg takes a folder along that it made empty
                 host.make_folder(_PROGRAMS, programs.owner, programs.mode)
             removed = f"{install.NAME} {version} removed"
-    left = found.put_back(host, noted.bare, PLACED, _IDENTITY, sidecar_user)
+    left = found.put_back(host, noted.bare, place.PLACED, _IDENTITY, sidecar_user)
     if not noted.has_user and sidecar_user:
         for path, status in (each for tree in (*found.TREES, _LOGS) for each in host.walk(tree)):
             if status.owner == sidecar_user:

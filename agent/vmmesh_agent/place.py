@@ -76,6 +76,9 @@ TABLE = {
     "mesh.yaml": Entry(MESH, (0o644,), restarts=True),
 }
 
+# The mesh configuration has two names: /etc/istio is the package's link to /var/lib/istio.
+PLACED = frozenset(entry.path for entry in TABLE.values()) | {PurePosixPath("/var/lib/istio/config/mesh")}
+
 
 @dataclass(frozen=True, slots=True)
 class Change:

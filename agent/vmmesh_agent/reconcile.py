@@ -20,7 +20,7 @@ from vmmesh_agent.fetch import Download, fetch
 from vmmesh_agent.found import Found
 from vmmesh_agent.health import Health, State
 from vmmesh_agent.host import Host
-from vmmesh_agent.leave import PLACED, is_half_way, undo
+from vmmesh_agent.leave import is_half_way, undo
 from vmmesh_agent.packages import managers
 from vmmesh_agent.report import Known
 from vmmesh_agent.store import Generation, Membership
@@ -305,7 +305,7 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
         step.says(str(package.plan))
         if source is None:
             if store.load(host) is None:
-                found.note_package(host, PLACED)  # where the agent was ended while it was being installed
+                found.note_package(host, place.PLACED)  # where the agent was ended while it was being installed
             return package.plan.installed or "", []
         path = package.file(source, step)
         try:
@@ -325,7 +325,7 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
             if was_running:
                 world.units.request_start(ISTIO)
             raise
-        found.note_package(host, PLACED)
+        found.note_package(host, place.PLACED)
         if host.is_running:
             world.units.reload()
         step.says(f"{judged.name} {judged.version}")
@@ -443,7 +443,7 @@ def _note_as_found(world: World, *, has_sidecar: bool) -> None:
                 is_enabled=has_sidecar and world.units.is_enabled(ISTIO),
                 was_running=_is_running(world),
                 hosts_end_open=not (host.read(place.ETC_HOSTS) or b"\n").endswith(b"\n"),
-                bare=found.look(host, PLACED),
+                bare=found.look(host, place.PLACED),
             ),
         )
 
