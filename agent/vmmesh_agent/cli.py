@@ -90,12 +90,13 @@ def _bootstrap(options: argparse.Namespace) -> int:
     from vmmesh_agent.watch import Watch, describe
     from vmmesh_agent.world import LOCK, World
 
-    host = Host(options.root)
-    world = World(host, _config(options, host), _Terminal(), patience=options.timeout or _DEFAULT_TIMEOUT)
+    host, terminal, patience = Host(options.root), _Terminal(), options.timeout or _DEFAULT_TIMEOUT
+    config = _config(options, host)
     if options.dry_run:
-        return _preview(world)
+        return _preview(World(host, config, terminal, patience=patience))
     host.require_root("joining the mesh")
-    with host.lock(LOCK, _LOCK_SECONDS):
+    with host.lock(LOCK, min(_LOCK_SECONDS, patience), terminal.note):
+        world = World(host, config, terminal, patience=patience)
         watch = Watch(host, world.units)
         trouble: AgentError | None = None
         joined = None
@@ -104,9 +105,9 @@ def _bootstrap(options: argparse.Namespace) -> int:
             if host.is_running:
                 # A wait that a person cut short proves nothing against what is on trial.
                 limit = world.config.healthy_within
-                patience = limit if options.timeout is None else min(limit, world.left() or 0.0)
-                health = settle(world, watch, joined.known, patience)
-                if trial.conclude(world, watch, health, is_time_up=patience >= limit):
+                time_left = limit if options.timeout is None else min(limit, world.left() or 0.0)
+                health = settle(world, watch, joined.known, time_left)
+                if trial.conclude(world, watch, health, is_time_up=time_left >= limit):
                     trial.conclude(world, watch, settle(world, watch, joined.known, limit), is_time_up=True)
         except AgentError as error:
             trouble = error
@@ -210,7 +211,7 @@ def _leave(options: argparse.Namespace) -> int:
     host, progress = Host(options.root), _Terminal()
     host.require_root("leaving the mesh")
     retire_daemon(host, progress)
-    with host.lock(LOCK, _LOCK_SECONDS):
+    with host.lock(LOCK, _LOCK_SECONDS, progress.note):
         leave(host, progress, purge=options.purge)
         if not options.purge:
             host.remove(report.FILE)

@@ -540,19 +540,25 @@ class Host:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @contextlib.contextmanager
-    def lock(self, path: PurePosixPath, patience: float = 0) -> Iterator[None]:
+    def lock(
+        self, path: PurePosixPath, patience: float = 0, on_wait: Callable[[str], None] = lambda _: None
+    ) -> Iterator[None]:
         """Hold the lock file for as long as the block lasts.
 
-        Raise `HostError` (code `locked`) where another process has it and keeps it for `patience` seconds.
+        Raise `HostError` (code `locked`) where another process has it and keeps it for `patience` seconds; `on_wait` is
+        told, once, who it is.
         """
         self.make_folder(path.parent, ROOT, 0o755)
         with _explained(path), self._parent(path) as (folder, name):
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
         try:
             deadline = time.monotonic() + patience
+            holder = ""
             while not _locked(descriptor):
-                if time.monotonic() >= deadline:
+                if not holder:
                     holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another vmmesh-agent"
+                    on_wait(f"{holder} is at work on this machine; waiting for it")
+                if time.monotonic() >= deadline:
                     raise HostError(
                         f"{holder} is at work on this machine", code="locked", hint="wait for it to end", retry=True
                     )
