@@ -111,7 +111,8 @@ def _bootstrap(options: argparse.Namespace) -> int:
                     trial.conclude(world, watch, settle(world, watch, joined.known, limit), is_time_up=True)
         except AgentError as error:
             trouble = error
-            trial.undo_half_done(world)
+            with suppress(AgentError):  # the first reason is the one to tell; the journal has the rest
+                trial.undo_half_done(world)
         before = report.load(host)
         known = joined.known if joined else before.known if before else Known()
         current = describe(

@@ -349,7 +349,8 @@ def _place(world: World, membership: Membership, bundle: VerifiedBundle) -> list
                     _stop(world)
                 staged.commit()
             except AgentError:
-                store.save(host, replace(before, unfinished=True)) if before else store.forget(host)
+                if before:  # without it the journal says what to finish, or to undo
+                    store.save(host, replace(before, unfinished=True))
                 raise
         if restarts:
             _stop(world)  # should somebody have started it meanwhile, it has read half of the old files

@@ -28,7 +28,7 @@ def test_a_token_admits_as_many_machines_as_it_may_and_each_may_come_back(setup:
 
 
 def test_after_expiry_only_machines_that_were_admitted_may_come_back(setup: Setup) -> None:
-    token = setup.token("--machines", "2", "--expires", "3s")
+    token = setup.token("--machines", "2", "--expires", "8s")
     with setup.serving() as server:
         assert server.get(token=token, machine="aa").status_code == 200
         state = eventually(lambda: listed(setup)[token.split(".")[1]][4], lambda state: state == "expired")

@@ -27,8 +27,8 @@ MESH_YAML = "/etc/istio/config/mesh"
 PLACED = {"root-cert.pem": ROOT_CERT, "istio-token": TOKEN, "cluster.env": CLUSTER_ENV, "mesh.yaml": MESH_YAML}
 
 # What changes by itself, or by being looked at: rpm writes to the shared memory and the journal of its database even
-# when it is only asked, and the log-in prompt is told of new addresses.
-NOISE = ["/root/.rpmdb/*-shm", "/root/.rpmdb/*-wal", "/run/agetty.reload"]
+# when it is only asked, the log-in prompt is told of new addresses, and what a package manager said last is a log.
+NOISE = ["/root/.rpmdb/*-shm", "/root/.rpmdb/*-wal", "/run/agetty.reload", "/run/vmmesh-agent/package-manager.log"]
 
 
 @dataclass(frozen=True)

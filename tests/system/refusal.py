@@ -19,6 +19,7 @@ BUNDLE = f"{FOLDER}/bundle"
 CONFIG = f"{FOLDER}/config.yaml"
 # What a refusal may leave behind: the status record and the lock, and the empty folder for packages.
 ALLOWED = (
+    "/run/vmmesh-agent/package-manager.log",
     f"{FOLDER}*",
     "/run/vmmesh-agent",
     "/run/vmmesh-agent/status.json",

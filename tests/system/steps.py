@@ -21,14 +21,14 @@ BEGIN = b"# BEGIN vmmesh-agent\n"
 END = b"# END vmmesh-agent\n"
 
 # How each step is made long enough to be met in its middle: what strace delays, and for how long (microseconds). It
-# is in a drop-in that a boot forgets. The bundle comes in one second bytes where the step is fetch; useradd hangs a bit
-# where it is install.
+# is in a drop-in that a boot forgets. Each command that the agent runs makes four pipes (pipe2). The bundle comes in
+# one-second bytes where the step is fetch; useradd hangs a bit where it is install.
 SLOW = {
     "fetch": [],
     "verify": ["-P", "/var/lib/vmmesh-agent", "-e", "trace=openat", "-e", "inject=openat:delay_enter=500000"],
     "install": [],
     "place": ["-e", "trace=renameat", "-e", "inject=renameat:delay_enter=250000"],
-    "start": ["-e", "trace=pipe2", "-e", "inject=pipe2:delay_enter=500000"],
+    "start": ["-e", "trace=pipe2", "-e", "inject=pipe2:delay_enter=100000"],
     "watch": [],
 }
 STEPS = list(SLOW)
@@ -93,9 +93,9 @@ class Subject:
 
     def start_and_meet(self, step: str, files: BundleFiles) -> None:
         """Start the daemon and return when it is in the middle of the step."""
+        self.machine.run(["systemctl", "stop", AGENT])
         mark = self.machine.run(["date", "+@%s.%N"]).stdout.strip()
-        self.machine.run(["systemctl", "enable", AGENT])
-        self.machine.run(["systemctl", "restart", AGENT])
+        self.machine.run(["systemctl", "enable", "--now", AGENT])
         follow = ["journalctl", "--follow", f"--unit={AGENT}", f"--since={mark}", "--output=cat", "--no-tail"]
         with self.machine.spawn(follow) as journal:
             self._meet(step, files, journal, "event={} ")

@@ -452,7 +452,7 @@ def _packages(**changes: object) -> Packer:
 
 # What is wrong → the bytes, the code, and what the message must name.
 FORMS: dict[str, tuple[Packer, str, tuple[str, ...]]] = {
-    "nothing": (lambda _: b"", "bundle-unknown-format", ("neither JSON nor a tar",)),
+    "nothing": (lambda _: b"", "bundle-unknown-format", ("it is empty",)),
     "a login page": (lambda _: b"<!DOCTYPE html><title>Log in</title>", "bundle-unknown-format", ("login",)),
     "control sequences": (lambda _: b"\x1b]0;owned\x07\x1b[2J", "bundle-unknown-format", ()),
     "a list": (lambda _: b"[1, 2]", "bundle-unknown-format", ()),

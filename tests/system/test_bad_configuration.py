@@ -297,7 +297,7 @@ def test_a_second_bootstrap_says_who_holds_the_lock(trial: Trial) -> None:
     with machine.spawn(first) as process:
         machine.run(["sh", "-c", "until test -e /root/input/asked; do sleep 0.05; done"])
         holder = machine.run(["pgrep", "-o", "-f", "bootstrap --timeout=25"]).stdout.strip()
-        refusal = trial.run(first)
+        refusal = trial.run([*first[:-1], "--timeout=2"])
         machine.run(["pkill", "-INT", "-f", "bootstrap --timeout=25"])
         process.wait(timeout=60)
     assert_refused(refusal, "locked", f"process {holder}", "wait for it")

@@ -24,7 +24,7 @@ CACHE = "/var/lib/vmmesh-agent/packages"
 RESOLVERS_OWN = (
     *("/var/cache/dnf", "/var/lib/dnf", "/var/log/dnf", "/var/log/hawkey", "/var/cache/apt", "/var/lib/apt"),
     *("/var/log/apt", "/var/log/dpkg.log", "/var/lib/dpkg/lock", "/var/lib/dpkg/triggers/Lock", "/var/cache/debconf"),
-    "/run/vmmesh-agent/package-manager.log",
+    "/var/lib/vmmesh-agent/found.json",
 )
 QUERIES = {"rpm": ["rpm", "-q", "istio-sidecar"], "deb": ["dpkg-query", "--show", "istio-sidecar"]}
 
@@ -78,7 +78,7 @@ def give(trial: Trial, file: Path, name: str = "") -> str:
 
 
 def _but_for_resolvers(changes: list[str]) -> list[str]:
-    """Leave out what dnf and apt keep for themselves, dnf's bytecode among it, and what the last of them said."""
+    """Leave out what dnf and apt keep for themselves, dnf's bytecode among it, and the agent's note of what was."""
     return [change for change in changes if not change.startswith(RESOLVERS_OWN) and "/__pycache__/" not in change]
 
 

@@ -18,6 +18,7 @@ from lab.run import Run
 from lab.services import ISTIOD_PORT, Service
 from system.joining import ROOT_CERT, TOKEN, Mesh, configure, join, requests
 
+DROP_IN = "/usr/lib/systemd/system/istio.service.d/10-vmmesh-agent.conf"
 READERS = ["*/rpmdb.sqlite-shm"]  # the index that rpm's readers share
 
 Rows = dict[str, dict[str, str]]
@@ -191,13 +192,15 @@ def test_a_disk_that_is_nearly_full_is_named(folder: str, joined: Machine) -> No
 
 def test_a_cloud_init_that_rewrites_etc_hosts_is_found_whoever_set_it_last(joined: Machine) -> None:
     setting = "/etc/cloud/cloud.cfg.d/50-hosts.cfg"
-    joined.run(["systemctl", "disable", "--quiet", "vmmesh-agent-restore.service"], check=False)
     joined.write(setting, "manage_etc_hosts: true\n")
     try:
+        assert examine(joined)["cloud-init"]["result"] == "warning"  # the agent puts it back before each start
+        joined.run(["mv", DROP_IN, f"{DROP_IN}.away"])
         assert_fails(joined, "cloud-init", note=setting, fix="manage_etc_hosts: false")
         joined.write("/etc/cloud/cloud.cfg.d/90-hosts.cfg", "manage_etc_hosts: false\n")
         assert examine(joined)["cloud-init"]["result"] == "ok"
     finally:
+        joined.run(["mv", f"{DROP_IN}.away", DROP_IN])
         joined.run(["rm", "-r", "/etc/cloud"])
 
 

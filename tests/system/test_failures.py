@@ -595,6 +595,7 @@ def the_user_of_the_sidecar_is_gone(vm: Vm) -> None:
 
 @failure
 def the_sockets_cannot_be_made(vm: Vm) -> None:
+    vm.hinder()
     vm.does("chown -R root /etc/istio/proxy/; chmod 755 /etc/istio/proxy/; rm -f /etc/istio/proxy/*")
     vm.restart()
     text = vm.writes(LOG, "permission denied")

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -10,7 +11,7 @@ from lab.faulty import Faulty
 from lab.machine import Machine
 from lab.network import Network
 from lab.run import Run
-from system.joining import PLACED, Mesh, bootstrap, join, run_of_sidecar, unit
+from system.joining import PLACED, Mesh, join, run_of_sidecar, unit
 from system.steps import AGENT, STEPS, Subject, is_healthy, left_over, until
 
 _END_SECONDS = 2.0  # within which it has to end; a promise of the agent's, and no measure
@@ -29,39 +30,39 @@ def subject(shared_machine: Machine, mesh: Mesh, network: Network, run: Run) -> 
 
 
 @pytest.mark.parametrize("holder", ["bootstrap", "the daemon"])
-def test_whoever_comes_second_is_told_who_is_at_work(holder: str, subject: Subject) -> None:
+def test_whoever_comes_second_waits_for_the_one_at_work_and_restore_says_who_that_is(
+    holder: str, subject: Subject
+) -> None:
     machine = _member(subject)
-    machine.run(["systemctl", "stop", AGENT])
     before = run_of_sidecar(machine)
     files = subject.bundle()
-    subject.serve(files, slowly=True)
-    if holder == "bootstrap":
-        with subject.bootstrap_in("fetch", files) as (_, number):
-            _is_locked(machine, number)
-            refused = machine.run(["vmmesh-agent", "leave"], check=False)
-            assert refused.returncode == 1
-            assert f"process {number}" in refused.stderr
-    else:
-        subject.start_and_meet("fetch", files)
-        _is_locked(machine, unit(machine, AGENT)["MainPID"])
-    assert run_of_sidecar(machine) == before
-    _ends_well(subject)
+    subject.refuse()
+    with ExitStack() as stack:
+        if holder == "bootstrap":
+            first, number = stack.enter_context(subject.bootstrap_in("fetch", files))
+        else:
+            subject.start_and_meet("fetch", files)
+            number = unit(machine, AGENT)["MainPID"]
+        second = stack.enter_context(machine.spawn(["vmmesh-agent", "bootstrap"]))
+        restored = machine.run(["vmmesh-agent", "restore"])
+        assert restored.returncode == 0
+        assert f"process {number}" in restored.stderr
+        assert second.poll() is None
+        assert run_of_sidecar(machine) == before
 
+        subject.serve(files)
 
-def _is_locked(machine: Machine, number: str) -> None:
-    refused = bootstrap(machine)
-    assert refused.returncode == 1
-    assert "[locked]" in refused.stderr
-    assert f"process {number}" in refused.stderr
-    restored = machine.run(["vmmesh-agent", "restore"])
-    assert restored.returncode == 0
-    assert f"process {number}" in restored.stderr
+        said, _ = second.communicate(timeout=90)
+        assert second.returncode == 0, said
+        if holder == "bootstrap":
+            assert first.wait(timeout=60) == 0
+    assert subject.sets(new=files) == {"new"}
 
 
 def test_leaving_does_not_wait_for_the_daemons_attempt(subject: Subject) -> None:
     machine = _member(subject)
     files = subject.bundle()
-    subject.serve(files, slowly=True)
+    subject.refuse()
     subject.start_and_meet("fetch", files)
 
     left = machine.run(["vmmesh-agent", "leave"], check=False)
@@ -79,7 +80,6 @@ def test_sigterm_ends_a_bootstrap_in_each_step_soon_and_the_sidecar_runs_on_one_
     step: str, subject: Subject
 ) -> None:
     machine = _member(subject)
-    machine.run(["systemctl", "stop", AGENT])
     old = {name: machine.read(path) for name, path in PLACED.items()}
     old["hosts"] = machine.read("/etc/hosts").partition(b"agent\n")[2].partition(b"# END")[0]
     new = subject.bundle()
@@ -230,7 +230,7 @@ def _impatient(machine: Machine, seconds: int) -> None:
 
 
 def _member(subject: Subject) -> Machine:
-    """The machine as a healthy member with the daemon at work."""
+    """The machine as a healthy member, without a daemon."""
     machine, files = subject.machine, subject.bundle()
     subject.serve(files)
     machine.run(["rm", "-rf", f"/run/systemd/system/{AGENT}.d"])
@@ -238,8 +238,6 @@ def _member(subject: Subject) -> Machine:
     machine.run(["systemctl", "stop", AGENT])
     join(machine)
     assert subject.sets(new=files) == {"new"}
-    machine.run(["systemctl", "start", AGENT])
-    is_healthy(machine)
     return machine
 
 
