@@ -567,7 +567,8 @@ class Week:
 
     def recovery(self, fault: Fault) -> timedelta:
         """Return how long after its end, and before the next fault, it was last seen to be anything but healthy."""
-        until = min([168, *(other.begins for other in self.script if other.begins >= fault.ends)])
+        # A second less: a moment is rounded to microseconds, and what the next fault does is not this one's.
+        until = min([168, *(other.begins for other in self.script if other.begins >= fault.ends)]) - 1 / 3600
         unwell = [each.at for each in self.samples(fault.ends, until) if each.health.state is not State.HEALTHY]
         return max(unwell, default=self.begin + fault.ends * HOUR) - (self.begin + fault.ends * HOUR)
 
