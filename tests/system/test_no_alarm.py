@@ -270,11 +270,13 @@ def the_daemon_restarts(vm: Vm) -> None:
 def the_daemon_restarts_while_something_is_wrong(vm: Vm) -> None:
     """What is wrong stays as it is, since when it was wrong included."""
     vm.settled(25)
+    vm.hinder()
     vm.does(f"mv {TOKEN} {TOKEN}.away")
     since = vm.says("degraded", "token_missing")["since"]
     vm.machine.run(["systemctl", "stop", "vmmesh-agent"])
     with vm.undisturbed("token_missing"):
         assert vm.mentions("token_missing")["since"] == since
+    vm.unhinder()
     vm.does(f"mv {TOKEN}.away {TOKEN}; systemctl start vmmesh-agent")
 
 
