@@ -62,6 +62,8 @@ def undo(host: Host, progress: Progress, *, with_package: bool, resumes: bool = 
     if noted is None and host.status(store.FILE) is None and not is_half_way(host):
         progress.note("this machine has not joined, or has left: there is nothing to undo")
         return
+    for folder in (store.FOLDER, _RUN):
+        host.sweep(folder)
     host.make_folder(store.FOLDER, ROOT, 0o700)
     host.write(_LEAVING, b"", ROOT, 0o600)
     _stop_sidecar(host, noted, progress)
