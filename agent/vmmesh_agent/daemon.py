@@ -186,7 +186,7 @@ class Daemon:
         """Remember which generation is in force, and since when it is on trial."""
         membership = store.load(self.host)
         self._generation = membership.current if membership else None
-        if not trial.is_open(self.host):
+        if membership is None or not membership.is_open:
             self._trial_since = None
         elif is_new or self._trial_since is None:
             self._trial_since = self.clock.seconds()

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from vmmesh_agent.host import ROOT, Account, Host, NewContent, Status
+from vmmesh_agent.host import ROOT, Account, Host, Status
 from vmmesh_agent.store import FOLDER
 
 FILE = FOLDER / "found.json"
@@ -133,8 +133,7 @@ def put_back(
         elif entry.kind == "file" and path in files:
             content = base64.b64decode(entry.content)
             if there is None or (there.owner, there.mode, host.read(path)) != (owner, entry.mode, content):
-                with host.staged([NewContent(path, content, owner, entry.mode)]) as staged:
-                    staged.commit()
+                host.write(path, content, owner, entry.mode)
     return left
 
 

@@ -115,12 +115,11 @@ def _files(host: Host, noted: Found | None, sidecar_user: Account | None) -> lis
         without = without.removesuffix(b"\n")
     if without != content:
         place.rewrite_hosts(host, without)
-    tree = noted.tree if noted else {}
     if noted is None:  # nothing is known of before: what is the agent's and the sidecar's identity goes, no more
         for path in place.PLACED | _IDENTITY:
             host.remove(path)
         return []
-    return found.put_back(host, tree, place.PLACED, _IDENTITY, sidecar_user)
+    return found.put_back(host, noted.tree, place.PLACED, _IDENTITY, sidecar_user)
 
 
 def _package(host: Host, noted: Found, sidecar_user: Account | None) -> str:

@@ -204,7 +204,7 @@ class Deb:
             file,
         ]  # fmt: skip
         done = _patiently(self._host, install, self._on_wait)
-        if done.status != 0 and _MISSING.search(done.stdout + done.stderr):
+        if done.status != 0 and _MISSING.search(done.stdout):
             self._host.run(["apt-get", "update", "--quiet"], timeout=_INSTALL_SECONDS, check=False)
             done = _patiently(self._host, install, self._on_wait)
         _succeed(done)
@@ -273,7 +273,7 @@ def _patiently(host: Host, argv: Sequence[str], on_wait: OnWait) -> Completed:
     is_told = False
     while True:
         done = host.run_on(argv, log=LOG, timeout=_INSTALL_SECONDS, environment={"DEBIAN_FRONTEND": "noninteractive"})
-        if done.status == 0 or not _LOCKED.search(done.stdout + done.stderr) or time.monotonic() >= deadline:
+        if done.status == 0 or not _LOCKED.search(done.stdout) or time.monotonic() >= deadline:
             return done
         if not is_told:
             on_wait(_WAITING)
@@ -285,7 +285,7 @@ def _succeed(done: Completed) -> None:
     """Raise what a package manager's failure means."""
     if done.status == 0:
         return
-    said = done.stdout + done.stderr
+    said = done.stdout
     if _NO_SPACE.search(said):
         raise HostError(
             f"no space is left for the sidecar package: {done.last_words}", code="disk-full", hint="make room"

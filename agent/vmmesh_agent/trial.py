@@ -23,12 +23,6 @@ _SERVES = frozenset({State.HEALTHY, State.DEGRADED})
 _IS_OUT = frozenset({State.FAILED, State.STARTING})  # one that somebody stopped says nothing of its generation
 
 
-def is_open(host: Host) -> bool:
-    """Is there something to conclude?"""
-    membership = store.load(host)
-    return membership is not None and membership.is_open
-
-
 def conclude(world: World, watch: Watch, health: Health, *, is_time_up: bool) -> bool:
     """Draw the conclusion that `health` allows. Return whether the sidecar was started anew on the last good one.
 

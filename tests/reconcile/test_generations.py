@@ -64,7 +64,7 @@ def test_a_generation_is_good_once_the_sidecar_was_healthy_on_it(machine: Machin
     assert conclude(machine, HEALTHY, is_time_up=False) is False
     kept = membership(machine)
     assert kept.good == kept.current
-    assert not trial.is_open(machine)
+    assert not membership(machine).is_open
 
 
 def test_the_last_good_generation_comes_back_with_the_newest_token(machine: Machine) -> None:
@@ -136,7 +136,7 @@ def test_a_new_bundle_is_not_blamed_for_a_way_that_it_did_not_change(machine: Ma
     before = placed(machine)
     assert conclude(machine, UNREACHABLE) is False
     assert placed(machine) == before
-    assert trial.is_open(machine)
+    assert membership(machine).is_open
 
 
 def test_what_fails_on_the_old_generation_too_is_not_the_fault_of_the_new_one(machine: Machine) -> None:
@@ -159,7 +159,7 @@ def test_a_sidecar_that_somebody_stopped_says_nothing_of_its_generation(machine:
     before = placed(machine)
     assert conclude(machine, Health(State.STOPPED, "stopped")) is False
     assert placed(machine) == before
-    assert trial.is_open(machine)
+    assert membership(machine).is_open
 
 
 def test_a_first_join_that_fails_leaves_nothing_behind(machine: Machine) -> None:
