@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGHUP, _end)  # the terminal is gone; the daemon takes another meaning
     try:
-        options = _parser().parse_args(argv)
+        options = parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
     except AgentError as error:
@@ -589,19 +589,20 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, code="usage", hint=f"see {self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; the man page and the completions are made of it."""
+    program = _Parser(
         prog="vmmesh-agent",
         description="Puts this virtual machine into an Istio mesh and keeps it there.",
         epilog="Exit status of status, bootstrap, wait and explain: 0 healthy, 1 failed, 2 degraded, 3 starting,"
         " stopped or not joined, 4 unknown. All commands: 64 usage, 77 not permitted, 78 configuration.",
     )
-    parser.add_argument("--version", action="version", version=f"vmmesh-agent {__version__}")
-    parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="work on another tree")
-    parser.add_argument(
+    program.add_argument("--version", action="version", version=f"vmmesh-agent {__version__}")
+    program.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="work on another tree")
+    program.add_argument(
         "--config", type=Path, metavar="FILE", help="read this file (in DIR) instead of /etc/vmmesh-agent"
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = program.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Callable[[argparse.Namespace], int], help_text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help_text, description=help_text)
@@ -644,7 +645,7 @@ def _parser() -> argparse.ArgumentParser:
     leave = command("leave", _leave, "take this VM out of the mesh, and leave it as it was found")
     leave.add_argument("--purge", action="store_true", help="the package that the agent installed, and its state, too")
     command("check-config", _check_config, "validate the configuration and print what is in force")
-    return parser
+    return program
 
 
 def _count(text: str) -> int:

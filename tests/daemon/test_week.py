@@ -624,17 +624,20 @@ def week(tmp_path_factory: pytest.TempPathFactory) -> Week:
     return week
 
 
+@pytest.mark.long
 def test_it_renews_through_the_week_and_ends_healthy(week: Week) -> None:
     assert week.figures.renewals >= 200
     assert week.world.samples[-1].health.state is State.HEALTHY
 
 
+@pytest.mark.long
 def test_on_days_without_faults_there_is_nothing_but_health(week: Week) -> None:
     days = [week.samples(since, until) for since, until in FAULTLESS]
     unwell = [each for day in days for each in day if each.health.state is not State.HEALTHY]
     assert [(each.at - week.begin, each.health.state, each.health.cause) for each in unwell] == []
 
 
+@pytest.mark.long
 def test_after_each_fault_it_is_healthy_within_the_longest_back_off(week: Week) -> None:
     late = {
         (fault.kind, round(fault.begins, 2)): recovery / MINUTE
@@ -644,17 +647,20 @@ def test_after_each_fault_it_is_healthy_within_the_longest_back_off(week: Week) 
     assert late == {}
 
 
+@pytest.mark.long
 def test_days_without_faults_cost_no_more_requests_than_the_tokens_need(week: Week) -> None:
     figures = week.figures
     assert figures.on_faultless_days <= figures.ideal * 1.2
     assert figures.on_faultless_days >= figures.ideal * 0.8
 
 
+@pytest.mark.long
 def test_an_endpoint_in_trouble_is_not_hammered(week: Week) -> None:
     # Once a minute, while the two clocks differ, is the most.
     assert week.figures.most_attempts_in_an_hour <= 65
 
 
+@pytest.mark.long
 def test_a_bundle_that_stays_the_same_is_one_request_that_is_answered_with_304(week: Week) -> None:
     for hour in RELOADS:
         again = week.begin + hour * HOUR + timedelta(seconds=1)
@@ -662,11 +668,13 @@ def test_a_bundle_that_stays_the_same_is_one_request_that_is_answered_with_304(w
         assert asked == ["304"]
 
 
+@pytest.mark.long
 def test_the_sidecar_starts_exactly_as_often_as_changes_and_dead_certificates_need(week: Week) -> None:
     assert week.figures.starts == week.figures.starts_needed
     assert week.figures.expired_certificates == 1  # in the outage that is longer than its life
 
 
+@pytest.mark.long
 def test_the_token_on_the_disk_is_dead_in_outages_alone(week: Week) -> None:
     spells = [
         (week.begin + fault.begins * HOUR, week.begin + fault.ends * HOUR + LONGEST_BACK_OFF) for fault in week.script
@@ -676,6 +684,7 @@ def test_the_token_on_the_disk_is_dead_in_outages_alone(week: Week) -> None:
     assert [at - week.begin for at in dead if not any(begin <= at <= end for begin, end in spells)] == []
 
 
+@pytest.mark.long
 def test_roots_come_and_go_as_the_cluster_says_and_what_the_sidecar_learned_stays(week: Week) -> None:
     hours = LONGEST_REFRESH / HOUR + 0.1
     for since, until, roots in (

@@ -492,6 +492,26 @@ def _play(scenario: Scenario, free: "queue.SimpleQueue[Vm]") -> None:
         free.put(vm)
 
 
+@contextmanager
+def played(
+    request: pytest.FixtureRequest,
+    parameter: str,
+    *,
+    packages: Packages,
+    network: Network,
+    run: Run,
+    fixture_rpms: tuple[Path, ...],
+) -> Iterator[dict[str, Future[None]]]:
+    """Run a module's scenarios, those that `parameter` of its tests names, and print what was measured."""
+    scenarios = selected(request, parameter)
+    with side_by_side(scenarios, packages=packages, network=network, run=run, fixture_rpms=fixture_rpms) as (
+        outcomes,
+        measured,
+    ):
+        yield outcomes
+    show(request, measured)
+
+
 def selected(request: pytest.FixtureRequest, parameter: str) -> list[Scenario]:
     """Return the scenarios that this session was asked for (`-k`), in their order."""
     return [

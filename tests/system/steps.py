@@ -13,7 +13,7 @@ from lab.cluster import Files as BundleFiles
 from lab.faulty import Answer, Faulty, http
 from lab.machine import Machine
 from lab.network import CLUSTER_IPV4
-from system.joining import PLACED, ROOT_CERT, Mesh, configure, copy_to, status
+from system.joining import PLACED, ROOT_CERT, Mesh, configure, copy_to, status, unit
 from system.web import pin
 
 AGENT = "vmmesh-agent.service"
@@ -139,6 +139,16 @@ class Subject:
             next((which for which, files in bundles.items() if files.get(name, b"") == content), f"neither: {name}")
             for name, content in there.items()
         }
+
+    def settled(self, **bundles: BundleFiles) -> set[str]:
+        """`sets`, once they are one: while they are several the agent is at it, and no sidecar runs on them."""
+        deadline = time.monotonic() + 30
+        while True:
+            is_stopped = unit(self.machine)["ActiveState"] == "inactive"
+            if len(there := self.sets(**bundles)) == 1:
+                return there
+            assert is_stopped, f"the sidecar runs on {there}"
+            assert time.monotonic() < deadline, f"30 s, and still of several sets: {there}"
 
     def _read(self, path: str) -> bytes:
         try:

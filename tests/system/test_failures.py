@@ -23,16 +23,7 @@ from lab.run import Run
 from lab.services import ENDPOINT_PORT, ISTIOD_PORT, Service
 from standins.istiod import Behaviour
 from standins.packages import Packages
-from system.faults import (
-    ERR,
-    JOURNAL,
-    LOG,
-    Scenario,
-    Vm,
-    selected,
-    show,
-    side_by_side,
-)
+from system.faults import ERR, JOURNAL, LOG, Scenario, Vm, played
 from system.joining import CLUSTER_ENV, MESH_YAML, ROOT_CERT, TOKEN, configure
 from system.skewed import Skewed
 
@@ -64,10 +55,8 @@ def outcomes(
     request: pytest.FixtureRequest, packages: Packages, network: Network, run: Run, fixture_rpms: tuple[Path, ...]
 ) -> Iterator[dict[str, Future[None]]]:
     """What came of each failure: they are made side by side, on several machines."""
-    made = selected(request, "made")
-    with side_by_side(made, packages=packages, network=network, run=run, fixture_rpms=fixture_rpms) as (each, measured):
-        yield each
-    show(request, measured)
+    with played(request, "made", packages=packages, network=network, run=run, fixture_rpms=fixture_rpms) as outcomes:
+        yield outcomes
 
 
 # --- long ones first: others are made meanwhile -----------------------------------

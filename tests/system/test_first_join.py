@@ -19,7 +19,7 @@ from lab.network import Network
 from lab.run import Run
 from standins.istiod import Behaviour
 from standins.packages import Packages
-from system.faults import Scenario, Vm, selected, show, side_by_side
+from system.faults import Scenario, Vm, played
 from system.joining import CLUSTER_ENV, MESH_YAML, NOISE, copy_to, requests, run_of_sidecar, status, unit
 from system.stories import HOSTS, LIMIT, LONG, answer, bundle, chains, codes, limited, tries
 
@@ -66,10 +66,8 @@ def outcomes(
     request: pytest.FixtureRequest, packages: Packages, network: Network, run: Run, fixture_rpms: tuple[Path, ...]
 ) -> Iterator[dict[str, Future[None]]]:
     """What came of each story."""
-    told = selected(request, "told")
-    with side_by_side(told, packages=packages, network=network, run=run, fixture_rpms=fixture_rpms) as (each, measured):
-        yield each
-    show(request, measured)
+    with played(request, "told", packages=packages, network=network, run=run, fixture_rpms=fixture_rpms) as outcomes:
+        yield outcomes
 
 
 # --- a machine that was never healthy ------------------------------------------------------

@@ -19,7 +19,7 @@ from lab.run import Run
 from lab.services import ENDPOINT_PORT
 from standins.istiod import Behaviour
 from standins.packages import Packages
-from system.faults import ERR, LOG, Scenario, Vm, selected, show, side_by_side
+from system.faults import ERR, LOG, Scenario, Vm, played
 from system.joining import TOKEN, bootstrap, configure, run_of_sidecar, status, unit
 from system.skewed import Skewed
 
@@ -40,13 +40,8 @@ def outcomes(
     request: pytest.FixtureRequest, packages: Packages, network: Network, run: Run, fixture_rpms: tuple[Path, ...]
 ) -> Iterator[dict[str, Future[None]]]:
     """What came of each: they are played side by side, on several machines."""
-    happens = selected(request, "happens")
-    with side_by_side(happens, packages=packages, network=network, run=run, fixture_rpms=fixture_rpms) as (
-        each,
-        measured,
-    ):
-        yield each
-    show(request, measured)
+    with played(request, "happens", packages=packages, network=network, run=run, fixture_rpms=fixture_rpms) as outcomes:
+        yield outcomes
 
 
 @pytest.mark.parametrize("happens", QUIET, ids=lambda happens: happens.__name__)

@@ -16,7 +16,7 @@ from lab.network import Network
 from lab.run import Run
 from standins.istiod import Behaviour
 from standins.packages import Packages
-from system.faults import Scenario, Vm, selected, show, side_by_side
+from system.faults import Scenario, Vm, played
 from system.joining import CLUSTER_ENV, MESH_YAML, TOKEN, run_of_sidecar, status
 from system.stories import LIMIT, LONG, bundle, codes, limited, placed, tries
 
@@ -36,10 +36,8 @@ def outcomes(
     request: pytest.FixtureRequest, packages: Packages, network: Network, run: Run, fixture_rpms: tuple[Path, ...]
 ) -> Iterator[dict[str, Future[None]]]:
     """What came of each story."""
-    told = selected(request, "told")
-    with side_by_side(told, packages=packages, network=network, run=run, fixture_rpms=fixture_rpms) as (each, measured):
-        yield each
-    show(request, measured)
+    with played(request, "told", packages=packages, network=network, run=run, fixture_rpms=fixture_rpms) as outcomes:
+        yield outcomes
 
 
 @story
