@@ -19,6 +19,7 @@ _CLEAN = ["/usr/local/bin/istio-start.sh", "clean"]
 _LOGS = PurePosixPath("/var/log/istio")
 _LEFT = ".left"
 _LEAVING = store.FOLDER / "leaving"  # is there while it is not known whether all is as it was found
+_DONE = b"all is as it was found\n"  # in that mark, when only it and the note of what was found have to go
 _PROGRAMS = PurePosixPath("/usr/local/bin")
 _RUN = PurePosixPath("/run/vmmesh-agent")
 
@@ -58,6 +59,8 @@ def undo(host: Host, progress: Progress, *, with_package: bool, resumes: bool = 
     `resumes` lets a sidecar run again that ran before the join. From the first to the last line of it nothing can start
     the sidecar (istio.service.d/10-vmmesh-agent.conf), and whoever comes next goes on with it.
     """
+    if host.read(_LEAVING) == _DONE:
+        _forget(host)
     noted = found.load(host)
     if noted is None and host.status(store.FILE) is None and not is_half_way(host):
         progress.note("this machine has not joined, or has left: there is nothing to undo")
@@ -76,10 +79,16 @@ def undo(host: Host, progress: Progress, *, with_package: bool, resumes: bool = 
     if with_package and noted and not noted.has_sidecar:
         with progress.step("package") as step:
             step.says(_package(host, noted, sidecar_user))
-    found.forget(host)
-    host.remove(_LEAVING)
+    _forget(host)
     if resumes and noted and noted.was_running and host.is_running:
         Units(host).request_start(ISTIO)
+
+
+def _forget(host: Host) -> None:
+    """Remove the notes. Without the first of them an undo that goes on would take what it put back for the agent's."""
+    host.write(_LEAVING, _DONE, ROOT, 0o600)
+    found.forget(host)
+    host.remove(_LEAVING)
 
 
 def _stop_sidecar(host: Host, noted: Found | None, progress: Progress) -> None:

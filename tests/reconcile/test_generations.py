@@ -291,6 +291,17 @@ def test_leaving_keeps_a_package_that_was_there_before(machine: Machine) -> None
     assert (machine.root / "etc/istio").is_symlink()
 
 
+def test_a_leave_that_was_cut_off_at_its_very_end_takes_nothing_that_it_put_back(machine: Machine) -> None:
+    root_cert = b"made by hand"
+    machine.write(place.ROOT_CERT, root_cert, ROOT, 0o644)
+    machine.join()
+    leave(machine, machine.onlooker, purge=False)
+    machine.write(PurePosixPath("/var/lib/vmmesh-agent/leaving"), b"all is as it was found\n", ROOT, 0o600)
+    leave(machine, machine.onlooker, purge=False)
+    assert machine.read(place.ROOT_CERT) == root_cert
+    assert machine.names_in(PurePosixPath("/var/lib/vmmesh-agent")) == []
+
+
 def test_a_machine_that_never_joined_is_left_alone(machine: Machine) -> None:
     before = machine.everything()
     leave(machine, machine.onlooker, purge=False)
