@@ -20,7 +20,7 @@ Family = Literal["rpm", "deb"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-_SUITE = "bookworm"
+SUITE = "bookworm"
 _PACKAGES = (
     # a machine as clouds have it
     *(
@@ -43,7 +43,7 @@ _PACKAGES = (
 )
 # They work in the background at their own time, most of them over the network; in a machine that lives for
 # seconds they would only make two snapshots differ.
-_MASKED_UNITS = (
+MASKED_UNITS = (
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
     "dnf-makecache.timer",
@@ -86,22 +86,24 @@ def base_tree() -> Path:
 
     Its machine ID is empty and its package lists are too: machines have no way to a mirror.
     """
-    definition = [_SUITE, *_PACKAGES, *_MASKED_UNITS, platform.machine()]
+    definition = [SUITE, *_PACKAGES, *MASKED_UNITS, platform.machine()]
 
-    def build(tree: Path) -> None:
-        mirror = _mirror()
-        _progress(f"building Debian {_SUITE}")
-        include = f"--include={','.join(_PACKAGES)}"
-        # In a mount namespace of its own: an interrupted debootstrap leaves /proc mounted in the tree.
-        _quietly(["unshare", "--mount", "debootstrap", "--variant=minbase", include, _SUITE, str(tree), *mirror])
-        _quietly(["chroot", str(tree), "apt-get", "clean"])
-        for lists in (tree / "var/lib/apt/lists").glob("*_*"):
-            lists.unlink()
-        _quietly(["systemctl", f"--root={tree}", "mask", *_MASKED_UNITS])
-        (tree / "etc/machine-id").write_text("")
-        (tree / "etc/resolv.conf").unlink(missing_ok=True)  # debootstrap's copy of the host's
+    return cache.entry("debian", definition, lambda tree: debootstrap(tree, _PACKAGES))
 
-    return cache.entry("debian", definition, build)
+
+def debootstrap(tree: Path, packages: Sequence[str]) -> None:
+    """Fill `tree` with a minimal Debian that has `packages`, without a machine ID and without package lists."""
+    mirror = _mirror()
+    _progress(f"building Debian {SUITE}")
+    include = f"--include={','.join(packages)}"
+    # In a mount namespace of its own: an interrupted debootstrap leaves /proc mounted in the tree.
+    quietly(["unshare", "--mount", "debootstrap", "--variant=minbase", include, SUITE, str(tree), *mirror])
+    quietly(["chroot", str(tree), "apt-get", "clean"])
+    for lists in (tree / "var/lib/apt/lists").glob("*_*"):
+        lists.unlink()
+    quietly(["systemctl", f"--root={tree}", "mask", *MASKED_UNITS])
+    (tree / "etc/machine-id").write_text("")
+    (tree / "etc/resolv.conf").unlink(missing_ok=True)  # debootstrap's copy of the host's
 
 
 def _family(base: Path, family: Family, fixture_rpms: Sequence[Path]) -> Path:
@@ -160,11 +162,11 @@ def _agent(below: Sequence[Path]) -> Path:
 
 def _build_wheels(requirements: Sequence[str], out: Path) -> None:
     _progress("building the wheels of the agent's dependencies")
-    _quietly([*_pip(), "wheel", "--quiet", f"--wheel-dir={out}", *requirements])
+    quietly([*_pip(), "wheel", "--quiet", f"--wheel-dir={out}", *requirements])
 
 
 def _build_wheel(out: Path) -> None:
-    _quietly(
+    quietly(
         [
             *_pip(),
             "wheel",
@@ -183,8 +185,8 @@ def _pip() -> list[str]:
     requirements: list[str] = project["build-system"]["requires"]
 
     def build(out: Path) -> None:
-        _quietly([_HOST_PYTHON, "-m", "venv", str(out)])
-        _quietly([f"{out}/bin/python", "-m", "pip", "install", "--quiet", *requirements])
+        quietly([_HOST_PYTHON, "-m", "venv", str(out)])
+        quietly([f"{out}/bin/python", "-m", "pip", "install", "--quiet", *requirements])
 
     # Called as a module: the scripts of an environment name the folder that it was made in.
     builder = cache.entry("builder", [*requirements, _host_version()], build)
@@ -207,7 +209,7 @@ def _in_chroot(below: Sequence[Path], layer: Path, argv: Sequence[str], *, mount
     )
     places = [options, str(work / "root"), str(mount or work / "root" / "mnt"), _MOUNT]
     try:
-        _quietly(
+        quietly(
             ["unshare", "--mount", "/bin/sh", "-ec", script, "sh", *places, *argv],
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "PIP_NO_CACHE_DIR": "1"},
         )
@@ -223,12 +225,12 @@ def overlay_options(lower: Sequence[Path], *, upper: Path, work: Path) -> str:
 
 def _mirror() -> list[str]:
     """The Debian mirror that this host itself uses; none known, debootstrap takes its own default."""
-    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", f"Codename: {_SUITE}", "Label: Debian"]
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", f"Codename: {SUITE}", "Label: Debian"]
     known = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE).stdout.split()
     return known[:1]
 
 
-def _quietly(argv: Sequence[str], *, env: dict[str, str] | None = None) -> None:
+def quietly(argv: Sequence[str], *, env: dict[str, str] | None = None) -> None:
     """Run a command; its output is shown only when it fails."""
     done = subprocess.run(argv, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
     if done.returncode != 0:
