@@ -455,7 +455,10 @@ def _play(lane: Lane, point: Point, result: Result) -> None:
         result.wrong.append(f"{seen}, {seen.lost} lines of others lost")
     if point.fault != KILL:
         result.wrong += _complaints(point, done, seen)
-        if ran_before and seen.kind != "begun" and not (operation.leaves or lane.comes_back()):
+        # Without a descriptor no command can be run, and so no unit started: the journal says what is to be done.
+        is_helpless = point.kind == "open" and point.lasts and is_unfinished(lane.root)
+        is_down_on_purpose = seen.kind == "begun" or is_helpless or operation.leaves
+        if ran_before and not is_down_on_purpose and not lane.comes_back():
             result.wrong.append("the sidecar ran before and does not now")
     elif not killed and done.returncode != 0:
         result.wrong.append("it was not killed, and failed")
