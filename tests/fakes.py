@@ -158,7 +158,7 @@ def write_package(
 
 
 class FakeManager:
-    """A package manager that keeps what is installed, and whose package makes its user.
+    """A package manager that keeps what is installed, and whose package makes its user and a folder.
 
     Versions are compared number by number.
     """
@@ -179,6 +179,7 @@ class FakeManager:
         passwd = self._host.outside(PurePosixPath("/etc/passwd"))
         passwd.parent.mkdir(exist_ok=True)
         passwd.write_text("root:x:0:0::/root:/bin/sh\nistio-proxy:x:997:997::/var/lib/istio:/bin/sh\n")
+        self._host.outside(PurePosixPath("/var/lib/istio/proxy")).mkdir(parents=True, exist_ok=True)
 
     def is_there(self) -> bool:
         return True

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from vmmesh_agent.world import World
 
 _DEFAULT_TIMEOUT = 300.0  # of a join, until the sidecar starts
+_SOURCES = ("kernel", "ec2", "aliyun", "gce", "azure")  # as in instance.CLOUDS, which `status` need not import
 _JOIN_UNDONE = "join_undone"  # the condition that outlives the command which told it
+_RESTORE_SECONDS = 50.0  # its unit has a minute
+_LOOK_SECONDS = 0.5
 _LOCK_SECONDS = 70.0  # the daemon has the lock during an attempt, which asks the endpoint for up to a minute
 
 
@@ -63,20 +66,21 @@ def _end(number: int, _frame: object) -> NoReturn:
 
 def _run(options: argparse.Namespace) -> int:
     from vmmesh_agent import log, notify
-    from vmmesh_agent.daemon import Daemon
+    from vmmesh_agent.daemon import Daemon, wait_for_configuration
 
     host = Host(options.root, beat=notify.alive)
     logger = log.logger()
-    daemon = Daemon(host, _config(options, host), logger)
-
-    def reload(_signal: int, _frame: object) -> None:
-        try:
-            daemon.reload(_config(options, host))
-        except AgentError as error:
-            logger.warning("the configuration was not reloaded", code=error.code, message=error.message)
-
-    signal.signal(signal.SIGHUP, reload)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to reload yet
     try:
+        daemon = Daemon(host, wait_for_configuration(host, lambda: _config(options, host), logger), logger)
+
+        def reload(_signal: int, _frame: object) -> None:
+            try:
+                daemon.reload(_config(options, host))
+            except AgentError as error:
+                logger.warning("the configuration was not reloaded", code=error.code, message=error.message)
+
+        signal.signal(signal.SIGHUP, reload)
         daemon.run()
     except SystemExit:  # SIGTERM: what a daemon is asked to do is no failure
         notify.stopping()
@@ -129,6 +133,9 @@ def _bootstrap(options: argparse.Namespace) -> int:
     if trouble:
         raise trouble
     print()
+    if not host.is_running:
+        print(f"All is in place in {host.root}; the sidecar starts on the machine that boots from it.")
+        return 0
     _show(current)
     return current.health.state.exit_status
 
@@ -154,6 +161,7 @@ def _verify(options: argparse.Namespace) -> int:
     from vmmesh_agent.bundle import BundleRefusedError
     from vmmesh_agent.verify import verify
 
+    _refuse_tree(options)
     host = Host()
     try:
         bundle = verify(
@@ -188,35 +196,62 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _restore(options: argparse.Namespace) -> int:
-    from vmmesh_agent.reconcile import restore
+    from vmmesh_agent.reconcile import is_whole, restore
     from vmmesh_agent.world import LOCK
 
     host = Host(options.root)
     host.require_root("restoring the files")
-    try:
-        with host.lock(LOCK):
-            restore(host, _Terminal())
-    except AgentError as error:
-        if error.code != "locked":
-            raise
-        # It runs before each start of the sidecar, those of `bootstrap` and of the daemon too: they wait for it.
-        print(f"vmmesh-agent: {error.message}, and sees to the files itself", file=sys.stderr)
-    return 0
+    patience = time.monotonic() + _RESTORE_SECONDS
+    while True:
+        try:
+            with host.lock(LOCK, _LOOK_SECONDS):
+                restore(host, _Terminal())
+                return 0
+        except AgentError as error:
+            if error.code != "locked" or time.monotonic() >= patience:
+                raise
+            # It precedes each start of the sidecar, those of `bootstrap` and of the daemon too, which wait for it with
+            # the files in place. Who is still at them, or failed at them, lets go of the lock soon.
+            if is_whole(host):
+                print(f"vmmesh-agent: {error.message}, and has seen to the files itself", file=sys.stderr)
+                return 0
 
 
 def _leave(options: argparse.Namespace) -> int:
     from vmmesh_agent import report
-    from vmmesh_agent.leave import leave, retire_daemon
+    from vmmesh_agent.leave import leave, stop_daemon
     from vmmesh_agent.world import LOCK
 
     host, progress = Host(options.root), _Terminal()
     host.require_root("leaving the mesh")
-    retire_daemon(host, progress)
+    stop_daemon(host, progress, for_good=True)
     with host.lock(LOCK, _LOCK_SECONDS, progress.note):
         leave(host, progress, purge=options.purge)
         if not options.purge:
             host.remove(report.FILE)
-    print("\nThis VM has left the mesh. `systemctl enable --now vmmesh-agent` joins it again.")
+    again = "Give it a new join token; then " if options.purge else ""
+    print(f"\nThis VM has left the mesh. {again}`systemctl enable --now vmmesh-agent` joins it again.")
+    return 0
+
+
+def _image_clean(options: argparse.Namespace) -> int:
+    from vmmesh_agent import image
+    from vmmesh_agent.leave import stop_daemon
+    from vmmesh_agent.world import LOCK
+
+    host, progress = Host(options.root), _Terminal()
+    host.require_root("cleaning a machine for an image")
+    image.refuse_a_chroot(host)
+    _, documents = _documents(options, host)
+    named = image.named(documents)
+    stop_daemon(host, progress, for_good=False)
+    with host.lock(LOCK, _LOCK_SECONDS, progress.note):
+        image.clean(host, named, progress)
+    print("\nA machine that boots from this disk joins as itself, once it is configured and has a credential.")
+    if others := list(image.others(host)):
+        print("Not the agent's, and left to whoever makes the image:")
+        for each in others:
+            print(f"  {each}")
     return 0
 
 
@@ -256,6 +291,12 @@ def _wait(options: argparse.Namespace) -> int:
         current = _current(host)
         if current.health.state == options.state:
             return 0
+        if not (host.is_running or _is_fresh(current, _now())):
+            raise UsageError(
+                f"nothing runs in {host.root}: it will stay {current.health.state}",
+                code="not-running",
+                hint="ask on the machine that boots from it",
+            )
         if deadline is not None and time.monotonic() >= deadline:
             print(f"vmmesh-agent: still {current.health.state} after {options.timeout:g} s", file=sys.stderr)
             return current.health.state.exit_status or 1
@@ -267,6 +308,7 @@ def _explain(options: argparse.Namespace) -> int:
     from vmmesh_agent.diagnosis import Diagnosis
     from vmmesh_agent.records import Stream
 
+    _refuse_tree(options)
     diagnosis = Diagnosis()
     for name in options.files:
         stream = Stream(options.stream or ("err" if name.endswith("err.log") else "log"))
@@ -383,12 +425,47 @@ def _check_config(options: argparse.Namespace) -> int:
     return 0
 
 
+def _configure(options: argparse.Namespace) -> int:
+    from vmmesh_agent import instance
+
+    host = Host(options.root)
+    _, documents = _documents(options, host)
+    others = [(path, content) for path, content in documents if path != instance.FILE]
+    if instance.configure(host, instance.CLOUDS.get(options.source), others):
+        print(f"wrote {instance.FILE}")
+    else:
+        print(f"nothing for vmmesh-agent was given to this instance ({options.source})")
+    return 0
+
+
 # --- what several commands need ---
+
+
+def _refuse_tree(options: argparse.Namespace) -> None:
+    """Refuse --root where a command has nothing to do with another tree."""
+    if options.root != Path("/"):
+        raise UsageError(
+            "this command works on the running machine alone", code="root-not-possible", hint="leave --root out"
+        )
 
 
 def _config(options: argparse.Namespace, host: Host) -> "Config":
     from vmmesh_agent import config
     from vmmesh_agent.errors import ConfigurationError
+
+    paths, documents = _documents(options, host)
+    if not documents:
+        raise ConfigurationError(
+            f"{paths[0]} is not there", code="configuration-missing", hint="write it; it needs at least endpoint.url"
+        )
+    return config.parse(documents)
+
+
+def _documents(
+    options: argparse.Namespace, host: Host
+) -> tuple[list[PurePosixPath], list[tuple[PurePosixPath, bytes]]]:
+    """Return where the configuration may be, and those of its files that are there."""
+    from vmmesh_agent import config
 
     if options.config:
         paths = [PurePosixPath(options.config.absolute())]
@@ -396,12 +473,7 @@ def _config(options: argparse.Namespace, host: Host) -> "Config":
         drop_ins = [config.FOLDER / name for name in host.names_in(config.FOLDER) if name.endswith(".yaml")]
         paths = [config.FILE, *drop_ins]
     contents = [(path, host.read(path)) for path in paths]
-    documents = [(path, content) for path, content in contents if content is not None]
-    if not documents:
-        raise ConfigurationError(
-            f"{paths[0]} is not there", code="configuration-missing", hint="write it; it needs at least endpoint.url"
-        )
-    return config.parse(documents)
+    return paths, [(path, content) for path, content in contents if content is not None]
 
 
 def _current(host: Host) -> "Report":
@@ -644,7 +716,10 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--output", choices=["human", "json"], default="human")
     leave = command("leave", _leave, "take this VM out of the mesh, and leave it as it was found")
     leave.add_argument("--purge", action="store_true", help="the package that the agent installed, and its state, too")
+    command("image-clean", _image_clean, "make this machine fit to become an image: no identity, no token, no state")
     command("check-config", _check_config, "validate the configuration and print what is in force")
+    configure = command("configure", _configure, "take the configuration from the kernel command line or the cloud")
+    configure.add_argument("source", metavar="SOURCE", choices=_SOURCES, help=f"one of {', '.join(_SOURCES)}")
     return program
 
 

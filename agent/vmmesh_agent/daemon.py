@@ -6,19 +6,19 @@ record; the last good state stays in force and another attempt follows.
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from vmmesh_agent import clock as clocks
+from vmmesh_agent import cloudinit, credential, notify, render, report, store, trial
 from vmmesh_agent import config as configuration
-from vmmesh_agent import notify, render, report, store, trial
 from vmmesh_agent.clock import Clock
 from vmmesh_agent.config import Config
 from vmmesh_agent.drift import Drift
 from vmmesh_agent.errors import AgentError, ConfigurationError, FetchError
 from vmmesh_agent.events import Events
-from vmmesh_agent.health import Condition, Health, Severity, State
+from vmmesh_agent.health import Condition, Health, Severity, State, worst_first
 from vmmesh_agent.host import ROOT, Host
 from vmmesh_agent.log import Logger
 from vmmesh_agent.reconcile import Joined, begin, reconcile
@@ -28,7 +28,7 @@ from vmmesh_agent.schedule import LONGEST_WAIT, Schedule
 from vmmesh_agent.signals import SKEW
 from vmmesh_agent.store import Generation
 from vmmesh_agent.units import ISTIO, Units
-from vmmesh_agent.watch import Watch, describe
+from vmmesh_agent.watch import Observation, Watch, describe
 from vmmesh_agent.world import LOCK, Step, World
 
 _ONE_DAEMON = PurePosixPath("/run/vmmesh-agent/daemon.lock")
@@ -46,6 +46,39 @@ _URGENT = frozenset({"cert_expired", "token_missing", "token_rejected", "root_ce
 
 class _ReloadedError(Exception):
     """Ends an attempt that waits for the network: another configuration is in force."""
+
+
+def wait_for_configuration(host: Host, load: Callable[[], Config], log: Logger, clock: Clock = clocks.SYSTEM) -> Config:
+    """Load the configuration. One that is not there or wrong may still become right while cloud-init is at work."""
+    told = ""
+    with closing(Watch(host, Units(host))) as watch:
+        while True:
+            is_at_work = cloudinit.is_at_work(host)  # looked at first: what it writes last is read below
+            try:
+                return load()
+            except ConfigurationError as error:
+                if not is_at_work:
+                    error.hint = "\n".join(filter(None, [error.hint, cloudinit.complaint(host)]))
+                    raise
+                trouble = error.message.replace("\n", "; ")
+            host.require_root("the daemon")
+            if trouble != told:
+                notify.ready("at work")  # cloud-init itself may wait for that
+                log.info("waiting for cloud-init", message=trouble)
+                told = trouble
+            before, moment = report.load(host), clock.now()
+            known = before.known if before else Known()
+            current = describe(
+                _waiting(watch.observe(moment, known), _awaited(f"the configuration ({trouble})")),
+                known=known,
+                before=before,
+                trouble=None,
+                moment=moment,
+                by_daemon=True,
+            )
+            report.save(host, current)
+            notify.status(_one_line(current))
+            clock.sleep(_OBSERVE_SECONDS)
 
 
 @dataclass
@@ -75,6 +108,7 @@ class Daemon:
     _trial_since: float | None = field(default=None, init=False)
     _out_since: float | None = field(default=None, init=False)
     _conclude_at: float = field(default=0.0, init=False)
+    _awaited: Condition | None = field(default=None, init=False)  # what cloud-init has to write before an attempt
     _opened: Condition | None = field(default=None, init=False)
     _generation: Generation | None = field(default=None, init=False)  # in force, as far as we know
     _unmended: str = field(default="", init=False)  # the code of what keeps files from being put back
@@ -109,7 +143,9 @@ class Daemon:
         is_urgent = self.seen is not None and self.seen.cause in _URGENT
         if self.is_hurried or self._schedule.is_due(is_urgent=is_urgent):
             self.is_hurried = False
-            self._attempt()
+            self._await_cloud_init()
+            if not self._awaited:
+                self._attempt()
         self.look()
         self._conclude()
         self._act_on_long_failure()
@@ -122,6 +158,18 @@ class Daemon:
             self.clock.sleep(_OBSERVE_SECONDS / 4)
 
     # --- joining, and staying joined ---
+
+    def _await_cloud_init(self) -> None:
+        """See whether a file that an attempt needs is still to be written by cloud-init."""
+        awaited = None
+        with suppress(AgentError):  # the attempt tells it better
+            if cloudinit.is_at_work(self.host) and (missing := credential.missing(self.host, self.config)):
+                awaited = _awaited(str(missing))
+        if awaited != self._awaited:
+            self._awaited = awaited
+            self.looked = float("-inf")
+            if awaited:
+                self.log.info("waiting for cloud-init", message=awaited.message)
 
     def _attempt(self) -> None:
         """Reconcile once, and say when to do it again."""
@@ -293,7 +341,7 @@ class Daemon:
         observation = self.watch.observe(moment, known)
         self.seen = observation.health
         current = describe(
-            observation,
+            _waiting(observation, self._awaited) if self._awaited else observation,
             known=known,
             before=before,
             also=[*trial.standing(self.host), *self.drift.conditions(), *([self._opened] if self._opened else [])],
@@ -327,8 +375,27 @@ class Daemon:
         self.metrics_trouble = trouble
 
 
+def _awaited(what: str) -> Condition:
+    return Condition(
+        "cloud_init_at_work",
+        Severity.NOTE,
+        f"Waiting for cloud-init to write {what}.",
+        "It goes on by itself as soon as that is there. See how far cloud-init is: `cloud-init status --long`.",
+    )
+
+
+def _waiting(observation: Observation, awaited: Condition) -> Observation:
+    """Add what is waited for. A machine that has not joined is on its way; a sidecar that is there is as it is."""
+    health = observation.health
+    if health.state is State.NOT_JOINED:
+        health = Health(State.STARTING, awaited.code)
+    return replace(observation, health=replace(health, conditions=worst_first((*health.conditions, awaited))))
+
+
 def _one_line(current: Report) -> str:
     health = current.health
+    if health.cause == "cloud_init_at_work":  # what is waited for says more
+        return f"{health.state}: {health.conditions[0].message}"
     return str(health.state) if health.cause == "none" else f"{health.state}: {health.cause}"
 
 

@@ -5,6 +5,8 @@ from traffic capture, so that the endpoint is reached even when the sidecar is d
 it runs as nobody. What it answers is read here as a stranger's: bounded in size, and judged by `verify` after.
 """
 
+import base64
+import binascii
 import hashlib
 import hmac
 import json
@@ -15,16 +17,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from vmmesh_agent import bundle as bundles
+from vmmesh_agent import credential
 from vmmesh_agent.bundle import Bundle
-from vmmesh_agent.config import Config, Credential
-from vmmesh_agent.errors import AgentError, ConfigurationError, FetchError
+from vmmesh_agent.config import Config
+from vmmesh_agent.errors import AgentError, FetchError
 from vmmesh_agent.host import Account, Child, Host
+from vmmesh_agent.secret import Secret
 from vmmesh_agent.strict import MalformedError, load_json
 from vmmesh_agent.text import printable, shown
 
@@ -33,9 +37,7 @@ NOBODY = Account(65534, 65534)
 
 MAX_PACKAGE_BYTES = 1024**3
 _MAX_ANSWER = 8 * bundles.MAX_BYTES  # a byte of a file may take six in JSON
-_MAX_CREDENTIAL = 64 * 1024
 _MAX_COMPLAINT = 256 * 1024
-_EXEC_SECONDS = 30
 _LONGEST_WAIT = 3600.0
 _START_SECONDS = 3.0  # in which the child has loaded its modules, on a slow machine
 
@@ -49,12 +51,14 @@ OnRetry = Callable[[AgentError], None]
 class Fetched:
     """An answer of the endpoint: `bundle` is None where the one with our `etag` still stands.
 
-    `clock_offset` is the endpoint's clock less ours in seconds, None where it did not say.
+    `clock_offset` is the endpoint's clock less ours in seconds, None where it did not say; `join_token` the one that it
+    took, where it was one.
     """
 
     bundle: Bundle | None
     etag: str = ""
     clock_offset: float | None = None
+    join_token: Secret | None = None
 
 
 def fetch(
@@ -80,15 +84,16 @@ def fetch(
     }
     with _child(host, request) as child:
         answer = _last_event(child, _Patience(patience), on_retry, idle)
+    join_token = Secret(request["bearer"]) if config.endpoint.credential.join_token_file else None
     offset = answer.get("clock_offset")
     if not isinstance(offset, float):
         offset = None
     if answer["event"] == "not-modified" and etag:
-        return Fetched(None, etag, offset)
+        return Fetched(None, etag, offset, join_token)
     if answer["event"] != "bundle" or not isinstance(answer.get("bundle"), dict):
         raise _broken("an answer that is none")
     etag = str(answer.get("etag", ""))
-    return Fetched(bundles.from_json(answer["bundle"]), etag if _ETAG.fullmatch(etag) else "", offset)
+    return Fetched(bundles.from_json(answer["bundle"]), etag if _ETAG.fullmatch(etag) else "", offset, join_token)
 
 
 def probe(
@@ -110,8 +115,47 @@ def probe(
 def probe_endpoint(host: Host, config: Config, patience: float) -> None:
     """Shake hands with the endpoint as `fetch` would. A client certificate is not shown: it is a credential."""
     endpoint = config.endpoint
-    ca = _configured(host, endpoint.ca_file, "endpoint.ca_file") if endpoint.ca_file else ""
+    ca = credential.read(host, endpoint.ca_file, "endpoint.ca_file") if endpoint.ca_file else ""
     probe(host, endpoint.url, patience=patience, ca=ca, pins=endpoint.ca_pins)
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """Where a cloud has an instance's user-data: what to ask for, and first for what session, where it has those."""
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    session: str = ""
+    session_header: str = ""
+    is_base64: bool = False  # the content itself, once more than what it says
+
+
+def user_data(host: Host, cloud: Metadata, patience: float) -> bytes | None:
+    """Return what this instance was given by its cloud, None where that is nothing.
+
+    Passing trouble is retried for `patience` seconds; then, or on a refusal, raise `FetchError`.
+    """
+    request = {"kind": "user-data", "url": cloud.url, "headers": dict(cloud.headers), "timeout": 10.0}
+    request |= {"session": cloud.session, "session_header": cloud.session_header}
+    try:
+        with _child(host, request) as child:
+            answer = _last_event(child, _Patience(patience), lambda _: None)
+    except FetchError as error:
+        if not error.code.startswith("endpoint-"):
+            raise
+        raise FetchError(
+            f"no user-data: {error.message}",
+            code="metadata-service-failed",
+            hint="see that this machine runs in the cloud that was named, and that its metadata service is switched on",
+            retry=error.retry,
+        ) from None
+    content = answer.get("content")
+    if answer["event"] != "user-data" or not isinstance(content, str | None):
+        raise _broken("an answer that is none")
+    try:
+        return None if content is None else base64.b64decode(content, validate=True)
+    except binascii.Error:
+        raise _broken("an answer that is none") from None
 
 
 def read_bundle(host: Host, path: PurePosixPath) -> Bundle:
@@ -229,15 +273,16 @@ def _is_same_origin(first: str, second: str) -> bool:
 def _request(host: Host, config: Config, url: str, patience: float | None = None) -> dict[str, Any]:
     endpoint = config.endpoint
     certificate = endpoint.credential.client_certificate
+    bearer = credential.bearer(host, endpoint.credential, patience)
     return {
         "url": url,
         "timeout": endpoint.timeout,
-        "ca": _configured(host, endpoint.ca_file, "endpoint.ca_file") if endpoint.ca_file else "",
+        "ca": credential.read(host, endpoint.ca_file, "endpoint.ca_file") if endpoint.ca_file else "",
         "pins": list(endpoint.ca_pins),
-        "bearer": _bearer(host, endpoint.credential, patience),
-        "client_certificate": _configured(host, certificate.certificate, "endpoint.credential.client_certificate")
+        "bearer": bearer.reveal() if bearer else "",
+        "client_certificate": credential.read(host, certificate.certificate, "endpoint.credential.client_certificate")
         + "\n"
-        + _configured(host, certificate.key, "endpoint.credential.client_certificate")
+        + credential.read(host, certificate.key, "endpoint.credential.client_certificate")
         if certificate
         else "",
     }
@@ -266,58 +311,6 @@ def machine_id(host: Host) -> str:
             retry=True,
         )
     return hmac.new(own, b"vmmesh-agent", hashlib.sha256).hexdigest()
-
-
-def _bearer(host: Host, credential: Credential, patience: float | None) -> str:
-    if credential.exec:
-        token, source = _executed(host, credential.exec, patience), credential.exec[0]
-    elif path := credential.join_token_file or credential.bearer_token_file:
-        token, source = _configured(host, path, "endpoint.credential").strip(), str(path)
-    else:
-        return ""
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise FetchError(
-            f"{source} gave no usable token (one word of text)",
-            code="credential-invalid",
-            hint="see endpoint.credential",
-            retry=True,
-        )
-    return token
-
-
-def _executed(host: Host, argv: Sequence[str], patience: float | None) -> str:
-    """Return what the credential program printed. What it printed before it failed may be a secret: never shown."""
-    timeout = _EXEC_SECONDS if patience is None else min(_EXEC_SECONDS, patience)
-    done = host.run(argv, timeout=timeout, check=False)
-    if done.status != 0:
-        complaint = shown(done.stderr.strip().rpartition("\n")[2])
-        raise FetchError(
-            f"endpoint.credential.exec: {argv[0]} failed with status {done.status}: {complaint}",
-            code="credential-exec-failed",
-            hint="run it by hand, as root",
-            retry=True,
-        )
-    if len(done.stdout) > _MAX_CREDENTIAL:
-        raise FetchError(
-            f"{argv[0]} printed more than a credential",
-            code="credential-invalid",
-            hint="run it by hand, as root",
-            retry=True,
-        )
-    return done.stdout.strip()
-
-
-def _configured(host: Host, path: PurePosixPath, key: str) -> str:
-    """Return the text of a file that the configuration names."""
-    content = host.read(path, _MAX_CREDENTIAL)
-    if content is None:
-        raise FetchError(f"{key}: {path} is not there", code="credential-missing", hint="put it there", retry=True)
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        raise ConfigurationError(
-            f"{key}: {path} is not text", code="configuration-invalid", hint="see that it is the file that was meant"
-        ) from None
 
 
 # --- the child ---

@@ -37,6 +37,7 @@ _LEFT_OVER = re.compile(rf"\..+\.(?:new|old)\.[0-9a-f]{{8}}\.(\d+){re.escape(_TE
 _BEAT_SECONDS = 1.0
 _FLOCK = "hhqqi0q"  # struct flock of 64-bit Linux: type, whence, start, length, process
 _SYSTEMD = Path("/run/systemd/system")  # is there where systemd is PID 1: sd_booted(3)
+_STOP_SECONDS = 100.0  # systemd's own patience with what it ends is 90 s
 
 
 Child: TypeAlias = "subprocess.Popen[bytes]"
@@ -144,6 +145,8 @@ class Host:
 
         Nothing where nobody answers; what came within `timeout` seconds, where more was to come.
         """
+        if not self.is_running:  # the loopback interface is another machine's
+            return b""
         said = bytearray()
         deadline = time.monotonic() + timeout
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout) as connection:
@@ -168,7 +171,9 @@ class Host:
 
     @property
     def name(self) -> str:
-        """The machine's host name."""
+        """The machine's host name; in an image tree the one that it would boot with, empty where that comes later."""
+        if not self.is_running:
+            return (self.read(PurePosixPath("/etc/hostname")) or b"").decode(errors="replace").strip()
         return socket.gethostname()
 
     # --- files ---
@@ -334,7 +339,11 @@ class Host:
 
     def outside(self, path: PurePosixPath) -> Path:
         """Return the path for a program that is run from outside the tree, such as `rpm --root`."""
-        return self.root / path.relative_to("/")
+        try:
+            with self._parent(path) as (folder, name):
+                return Path(f"/proc/self/fd/{folder}").readlink() / name  # no link on the way leads out of the tree
+        except (FileNotFoundError, NotADirectoryError):
+            return self.root / path.relative_to("/")
 
     def create(self, path: PurePosixPath) -> "NewFile":
         """Make a new file of our own, replacing one that is there, for a child to write and us to read."""
@@ -482,22 +491,21 @@ class Host:
     ) -> Completed:
         """Run a command that must not be torn: it goes on when we end, whatever ends us. All it says is in `log`.
 
-        In a scope of its own, for systemd ends what is in a service's cgroup together with the service. Only
-        `timeout` seconds end it.
+        It is a service of its own: systemd ends what is in a service's cgroup together with the service, and what
+        the service may not do (vmmesh-agent.service), its children may not either. Only `timeout` seconds end it.
         """
+        given = {"LC_ALL": "C.UTF-8", **(environment or {})}
+        own_service = self.is_running and _SYSTEMD.exists()
         output = self.create(log)
-        scope = (
-            ["systemd-run", "--scope", "--quiet", "--collect", "--"] if self.is_running and _SYSTEMD.exists() else []
-        )
         try:
             with _explained(PurePosixPath(argv[0])):
                 child = subprocess.Popen(
-                    [*scope, *argv],
+                    _as_service(argv, given, timeout) if own_service else argv,
                     stdin=subprocess.DEVNULL,
                     stdout=output.descriptor,
                     stderr=output.descriptor,
                     start_new_session=True,
-                    env={**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})},
+                    env={**os.environ, **given},
                 )
             deadline = time.monotonic() + timeout
             while True:
@@ -506,11 +514,15 @@ class Host:
                     status = child.wait(_BEAT_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    if time.monotonic() >= deadline:
+                    # systemd counts by itself, and goes on where we do not.
+                    if time.monotonic() >= deadline + (_STOP_SECONDS if own_service else 0):
                         os.killpg(child.pid, signal.SIGKILL)
-                        raise HostError(
-                            f"`{' '.join(argv)}` did not end within {timeout:.0f} s", code="command-timeout", retry=True
-                        ) from None
+                        status = child.wait()
+                        break
+            if status != 0 and time.monotonic() >= deadline:
+                raise HostError(
+                    f"`{' '.join(argv)}` did not end within {timeout:.0f} s", code="command-timeout", retry=True
+                )
             said = output.read_at(0).decode(errors="replace")
         finally:
             output.close()
@@ -810,6 +822,22 @@ def _trusted_link(name: str, folder: int) -> str:
             hint="see who made it and remove it",
         )
     return os.readlink(name, dir_fd=folder)
+
+
+def _as_service(argv: Sequence[str], environment: Mapping[str, str], seconds: float) -> list[str]:
+    """Return the command line that has systemd run `argv` as a service, and ends as that does."""
+    # Debian's rpm has its database in HOME. What else is in our environment is ours alone.
+    handed_on = {
+        name: value
+        for name, value in os.environ.items()
+        if name in {"PATH", "HOME"} or name.lower().endswith("_proxy")
+    }  # fmt: skip
+    return [
+        *("systemd-run", "--quiet", "--collect", "--wait", "--pipe", f"--property=RuntimeMaxSec={seconds:.0f}"),
+        *(f"--setenv={name}={value}" for name, value in {**handed_on, **environment}.items()),
+        "--",
+        *(part.replace("$", "$$") for part in argv),  # systemd.service(5) has variables in command lines
+    ]
 
 
 _MEANINGS = {

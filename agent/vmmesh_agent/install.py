@@ -17,9 +17,10 @@ from vmmesh_agent.host import ROOT, Host
 from vmmesh_agent.packages import PackageFile, PackageManager, fits
 
 NAME = "istio-sidecar"
-USER = "istio-proxy"  # made by the package's own script
+USER = "istio-proxy"  # made by the package's own script, and by our own package
 CACHE = PurePosixPath("/var/lib/vmmesh-agent/packages")
 RECORD = PurePosixPath("/var/lib/vmmesh-agent/installed.json")  # which digest gave which version
+_MADE_BY_SCRIPT = PurePosixPath("/var/lib/istio/proxy")
 _TARGET = PurePosixPath("/usr/local/bin")
 _RESERVE = 64 * 1024**2  # bytes that an installation must leave free
 
@@ -136,8 +137,12 @@ def _cached_path(source: Source) -> PurePosixPath:
 
 
 def _installed(host: Host, manager: PackageManager) -> str | None:
-    """Return the installed version. Without the user that the package makes, it counts as absent and is put anew."""
-    return manager.installed(NAME) if host.account(USER) else None
+    """Return the installed version; it counts as absent, and is put anew, without what its script makes.
+
+    rpm notes a package as installed before it runs that script. The user alone proves nothing: ours makes it too.
+    """
+    is_whole = host.account(USER) is not None and host.status(_MADE_BY_SCRIPT) is not None
+    return manager.installed(NAME) if is_whole else None
 
 
 def _configured(host: Host, settings: SidecarSettings, managers: Sequence[PackageManager]) -> Source:

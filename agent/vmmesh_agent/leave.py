@@ -9,7 +9,7 @@ from vmmesh_agent import found, hosts, install, place, signals, store
 from vmmesh_agent.errors import HostError
 from vmmesh_agent.events import READY, READY_MARK
 from vmmesh_agent.found import Found
-from vmmesh_agent.host import ROOT, Account, Host
+from vmmesh_agent.host import ROOT, Account, Host, Status
 from vmmesh_agent.packages import managers
 from vmmesh_agent.units import ISTIO, Units
 from vmmesh_agent.world import Progress
@@ -21,20 +21,24 @@ _LEFT = ".left"
 _LEAVING = store.FOLDER / "leaving"  # is there while it is not known whether all is as it was found
 _DONE = b"all is as it was found\n"  # in that mark, when only it and the note of what was found have to go
 _PROGRAMS = PurePosixPath("/usr/local/bin")
-_RUN = PurePosixPath("/run/vmmesh-agent")
+RUN = PurePosixPath("/run/vmmesh-agent")
 
 _IDENTITY = frozenset({signals.CERT_CHAIN, signals.KEY})
 
 
-def retire_daemon(host: Host, progress: Progress) -> None:
-    """Stop the daemon, for good: it would join again. Call it without the lock, which the daemon may hold."""
+def stop_daemon(host: Host, progress: Progress, *, for_good: bool) -> None:
+    """Stop the daemon, which would join again; `for_good` it does not come with the next boot either.
+
+    Call it without the lock, which the daemon may hold.
+    """
     units = Units(host)
     with progress.step("agent") as step:
-        if units.is_enabled(_AGENT):
+        is_enabled = units.is_enabled(_AGENT)
+        if is_enabled and for_good:
             units.disable(_AGENT)
         if host.is_running and not units.state(_AGENT).is_down:
             units.stop(_AGENT)
-        step.says(f"{_AGENT} is stopped and disabled")
+        step.says(f"{_AGENT} is stopped and {'enabled' if is_enabled and not for_good else 'disabled'}")
 
 
 def leave(host: Host, progress: Progress, *, purge: bool) -> None:
@@ -43,8 +47,8 @@ def leave(host: Host, progress: Progress, *, purge: bool) -> None:
     undo(host, progress, with_package=purge)
     if purge:
         with progress.step("state") as step:
-            for folder in (store.FOLDER, _RUN):
-                _remove_all(host, folder)
+            for folder in (store.FOLDER, RUN):
+                remove_all(host, folder)
             step.says("nothing of the agent's is left but its package and its configuration")
 
 
@@ -53,8 +57,8 @@ def is_half_way(host: Host) -> bool:
     return host.status(_LEAVING) is not None
 
 
-def undo(host: Host, progress: Progress, *, with_package: bool, resumes: bool = False) -> None:
-    """Put the machine back to how it was found; the daemon, if one runs, is the caller's.
+def undo(host: Host, progress: Progress, *, with_package: bool, resumes: bool = False) -> bool:
+    """Put the machine back to how it was found; the daemon, if one runs, is the caller's. Was there anything to undo?
 
     `resumes` lets a sidecar run again that ran before the join. From the first to the last line of it nothing can start
     the sidecar (istio.service.d/10-vmmesh-agent.conf), and whoever comes next goes on with it.
@@ -64,12 +68,12 @@ def undo(host: Host, progress: Progress, *, with_package: bool, resumes: bool = 
     noted = found.load(host)
     if noted is None and host.status(store.FILE) is None and not is_half_way(host):
         progress.note("this machine has not joined, or has left: there is nothing to undo")
-        return
-    for folder in (store.FOLDER, _RUN):
+        return False
+    for folder in (store.FOLDER, RUN):
         host.sweep(folder)
     host.make_folder(store.FOLDER, ROOT, 0o700)
     host.write(_LEAVING, b"", ROOT, 0o600)
-    _stop_sidecar(host, noted, progress)
+    stop_sidecar(host, noted, progress)
     store.forget(host)  # from here on nobody puts the files back
     host.remove(install.RECORD)
     with progress.step("files") as step:
@@ -82,6 +86,7 @@ def undo(host: Host, progress: Progress, *, with_package: bool, resumes: bool = 
     _forget(host)
     if resumes and noted and noted.was_running and host.is_running:
         Units(host).request_start(ISTIO)
+    return True
 
 
 def _forget(host: Host) -> None:
@@ -91,7 +96,7 @@ def _forget(host: Host) -> None:
     host.remove(_LEAVING)
 
 
-def _stop_sidecar(host: Host, noted: Found | None, progress: Progress) -> None:
+def stop_sidecar(host: Host, noted: Found | None, progress: Progress) -> None:
     """Stop it as systemd does, which gives it time to let its connections end, and see that nothing is captured."""
     units = Units(host)
     with progress.step("sidecar") as step:
@@ -102,12 +107,12 @@ def _stop_sidecar(host: Host, noted: Found | None, progress: Progress) -> None:
             if units.exists(READY):
                 units.request_stop(READY)
             if signals.is_capture_left(host):
-                host.run(_CLEAN, timeout=60, check=False)
+                host.run_on(_CLEAN, log=RUN / "clean.log", timeout=60)
             if signals.is_capture_left(host):
                 raise HostError(
                     "traffic of this machine is still redirected to the sidecar",
                     code="capture-left-behind",
-                    hint=f"see what `{' '.join(_CLEAN)}` says, then run `vmmesh-agent leave` again",
+                    hint=f"see what `{' '.join(_CLEAN)}` says, then run this command again",
                     retry=True,
                 )
         if units.is_enabled(ISTIO) and not (noted and noted.is_enabled):
@@ -123,7 +128,7 @@ def _files(host: Host, noted: Found | None, sidecar_user: Account | None) -> lis
     if noted and noted.hosts_end_open and without != content:
         without = without.removesuffix(b"\n")
     if without != content:
-        place.rewrite_hosts(host, without)
+        place.rewrite(host, place.ETC_HOSTS, without)
     if noted is None:  # nothing is known of before: what is the agent's and the sidecar's identity goes, no more
         for path in place.PLACED | _IDENTITY:
             host.remove(path)
@@ -140,7 +145,7 @@ def _package(host: Host, noted: Found, sidecar_user: Account | None) -> str:
             programs = host.status(_PROGRAMS)
             manager.remove(install.NAME)
             if programs and not host.status(_PROGRAMS):  # dpkg takes a folder along that it made empty
-                host.make_folder(_PROGRAMS, programs.owner, programs.mode)
+                _make_again(host, _PROGRAMS, programs)
             removed = f"{install.NAME} {version} removed"
     left = found.put_back(host, noted.bare, place.PLACED, _IDENTITY, sidecar_user)
     if not noted.has_user and sidecar_user:
@@ -157,7 +162,15 @@ def _package(host: Host, noted: Found, sidecar_user: Account | None) -> str:
     return (removed or "there was none") + (f"; left are {', '.join(left)}" if left else "")
 
 
-def _remove_all(host: Host, folder: PurePosixPath) -> None:
+def _make_again(host: Host, folder: PurePosixPath, was: Status) -> None:
+    """Make a folder below /usr, where the daemon itself may not write."""
+    owner = [f"--owner={was.owner.uid}", f"--group={was.owner.gid}"]
+    install = ["install", "--directory", f"--mode={was.mode:o}", *owner, str(host.outside(folder))]
+    host.run_on(install, log=RUN / "install.log", timeout=60)
+
+
+def remove_all(host: Host, folder: PurePosixPath) -> None:
+    """Remove a folder and all that is in it; a file, or a link itself, in the same way."""
     for path, status in host.walk(folder):
         if status.is_directory:
             host.remove_folder(path)

@@ -2,7 +2,7 @@
 
     python -m vmmesh_agent.network UID GID
 
-Privileges go once the modules are loaded and before a byte of the request is read.
+Privileges go (`sandbox`) once the modules are loaded and before a byte of the request is read.
 
 The request is one line of JSON on standard input, credentials included; nothing secret is in an argument, in the
 environment or on disk. The parent keeps that pipe open: where it closes, the parent is gone, and so is the child. The
@@ -13,6 +13,7 @@ answer is JSON lines on standard output, each an object with the key `event`:
     not-modified  etag still stands: clock_offset
     stored        a package was written to standard output's neighbour, the descriptor `request.descriptor`
     trusted       a probe's handshake was made and verified, and nothing was sent
+    user-data     content (base64) of what this instance was given by its cloud, null where that is nothing
     failed        code, message, hint, retry
 
 Every attempt is made anew from the start. What can pass by itself (the network, 5xx, 429) is tried for ever with
@@ -20,6 +21,7 @@ exponential back-off and full jitter, `Retry-After` honoured; the parent ends th
 """
 
 import _ssl  # for the one constant that `ssl` does not pass on
+import base64
 import contextlib
 import email.utils
 import fcntl
@@ -40,7 +42,7 @@ import httpcore  # noqa: F401  # httpx loads it when it is first needed, which i
 import httpx
 import tenacity
 
-from vmmesh_agent import __version__, bundle, x509
+from vmmesh_agent import __version__, bundle, sandbox, x509
 from vmmesh_agent.errors import AgentError, FetchError
 from vmmesh_agent.text import printable
 
@@ -49,6 +51,7 @@ _MAX_WAIT = 60.0  # seconds between attempts, unless the server asks for more
 _MAX_RETRY_AFTER = 3600.0
 _MAX_PACKAGE_SECONDS = 3600.0
 _MAX_REDIRECTS = 5
+_MAX_USER_DATA = 1024**2
 
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _SOURCE_LINE = re.compile(r" ?\(_ssl\.c:\d+\)")  # where in the interpreter OpenSSL was called
@@ -78,7 +81,8 @@ class _ChainSeen(BaseException):  # ends the probe on purpose, and no handler of
 
 def main() -> int:
     """Answer one request. The exit status says nothing; the last line does."""
-    _drop_privileges(int(sys.argv[1]), int(sys.argv[2]))
+    "".encode("idna")  # loaded now, as httpcore is: the folder may be closed to the user
+    sandbox.enter(int(sys.argv[1]), int(sys.argv[2]))
     request = json.loads(sys.stdin.buffer.readline())
     _end_with_parent()
     try:
@@ -87,16 +91,6 @@ def main() -> int:
         answer = _described("failed", error)
     _say(answer)
     return 0
-
-
-def _drop_privileges(uid: int, gid: int) -> None:
-    """Become the user for good. Without root there is nothing to drop."""
-    "".encode("idna")  # loaded now, as httpcore is: the folder may be closed to the user
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold the credential
 
 
 def _end_with_parent() -> None:
@@ -109,7 +103,7 @@ def _end_with_parent() -> None:
 
 def _tried(request: Mapping[str, Any]) -> dict[str, Any]:
     """Make attempts until one is answered or refused."""
-    attempt = {"bundle": _bundle, "package": _package, "probe": _probe}[request["kind"]]
+    attempt = {"bundle": _bundle, "package": _package, "probe": _probe, "user-data": _user_data}[request["kind"]]
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(_PassingError),
         wait=_wait,
@@ -194,6 +188,28 @@ def _probe(request: Mapping[str, Any]) -> dict[str, Any]:
     _present_client_certificate(context, request)
     _chain(request, context)
     return {"event": "trusted"}
+
+
+def _user_data(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask the cloud's metadata service: plain HTTP, for it is on this machine's own link, and past any proxy."""
+    headers = dict(request["headers"])
+    trusts_nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # httpx would load certificates that are not needed
+    with (
+        _within(request["timeout"], request["url"]),
+        httpx.Client(verify=trusts_nobody, timeout=_timeouts(request["timeout"]), trust_env=False) as client,
+    ):
+        if request["session"]:
+            wanted = {f"{request['session_header']}-ttl-seconds": "60"}
+            answer = _send(client, client.build_request("PUT", request["session"], headers=wanted), request["kind"])
+            if answer.status_code == httpx.codes.OK:  # an older service has no sessions, and asks for none
+                headers[request["session_header"]] = b"".join(_body(answer, limit=_MAX_USER_DATA)).decode("ascii")
+            answer.close()
+        response = _send(client, client.build_request("GET", request["url"], headers=headers), request["kind"])
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return {"event": "user-data", "content": None}
+        _refuse_errors(response)
+        content = b"".join(_body(response, limit=_MAX_USER_DATA))
+    return {"event": "user-data", "content": base64.b64encode(content).decode()}
 
 
 def _store(file: BinaryIO, chunk: bytes) -> None:
@@ -302,9 +318,9 @@ class _Way:
 
     def __init__(self, url: httpx.URL, kind: str) -> None:
         self.kind = kind
-        self.who = "the package's server" if kind == "package" else "the endpoint"
+        self.who = {"package": "the package's server", "user-data": "the metadata service"}.get(kind, "the endpoint")
         self.setting = _setting(kind)
-        self.target = f"{url.raw_host.decode()}:{url.port or 443}"
+        self.target = f"{url.raw_host.decode()}:{url.port or (80 if url.scheme == 'http' else 443)}"
         self.peer = self.target  # whom it speaks to: a proxy, where there is one, until that has opened its tunnel
         self.is_connected = False
 
@@ -329,7 +345,11 @@ class _Probe(_Way):
 
 def _setting(kind: str) -> str:
     """Say where the address comes from."""
-    return "the package's address (in the bundle, or sidecar.package)" if kind == "package" else "endpoint.url"
+    sources = {
+        "package": "the package's address (in the bundle, or sidecar.package)",
+        "user-data": "the cloud that `vmmesh-agent configure` was told",
+    }
+    return sources.get(kind, "endpoint.url")
 
 
 def _send(client: httpx.Client, request: httpx.Request, kind: str, trace: type[_Way] = _Way) -> httpx.Response:

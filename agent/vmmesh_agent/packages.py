@@ -151,6 +151,8 @@ class Deb:
         self._host = host
         self._on_wait = on_wait
         self._root = [] if host.is_running else [f"--root={host.root}"]
+        # Where dpkg writes what it does is not below its root by itself.
+        self._log = [] if host.is_running else [f"--log={host.outside(PurePosixPath('/var/log/dpkg.log'))}"]
 
     def is_there(self) -> bool:
         return self._host.has_program("dpkg") and self._host.has_program("dpkg-deb")
@@ -194,7 +196,7 @@ class Deb:
             self._dpkg(file)
 
     def remove(self, name: str) -> None:
-        _succeed(_patiently(self._host, ["dpkg", *self._root, "--purge", name], self._on_wait))
+        _succeed(_patiently(self._host, ["dpkg", *self._root, *self._log, "--purge", name], self._on_wait))
 
     def _apt_get(self, file: str) -> None:
         """apt-get needs no repository where nothing is missing; where something is, its lists may be old."""
@@ -205,7 +207,7 @@ class Deb:
         ]  # fmt: skip
         done = _patiently(self._host, install, self._on_wait)
         if done.status != 0 and _MISSING.search(done.stdout):
-            self._host.run(["apt-get", "update", "--quiet"], timeout=_INSTALL_SECONDS, check=False)
+            _patiently(self._host, ["apt-get", "update", "--quiet"], self._on_wait)
             done = _patiently(self._host, install, self._on_wait)
         _succeed(done)
 
@@ -220,7 +222,7 @@ class Deb:
         ]
         if missing:
             raise _missing_dependency(", ".join(missing))
-        install = ["dpkg", *self._root, "--force-confdef", "--force-confold", "--install", file]
+        install = ["dpkg", *self._root, *self._log, "--force-confdef", "--force-confold", "--install", file]
         _succeed(_patiently(self._host, install, self._on_wait))
 
     def _has(self, dependency: str) -> bool:

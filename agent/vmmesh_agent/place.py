@@ -186,7 +186,12 @@ def apply(host: Host, changes: Sequence[Change]) -> None:
 
 
 def resolves(host: Host, name: str) -> bool:
-    """Does this machine find an address for the name, without the agent's own lines in /etc/hosts?"""
+    """Does this machine find an address for the name, without the agent's own lines in /etc/hosts?
+
+    Of an image tree that is not known: its resolver will be another one than ours.
+    """
+    if not host.is_running:
+        return True
     content = host.read(ETC_HOSTS) or b""
     others = hosts.with_block(content, ())
     if others == content:
@@ -195,12 +200,11 @@ def resolves(host: Host, name: str) -> bool:
     return any(name in line.names for line in lines) or bool(host.addresses(name, _RESOLVER_SECONDS, "resolve dns"))
 
 
-def rewrite_hosts(host: Host, content: bytes) -> None:
-    """Put this into /etc/hosts, its owner and mode kept."""
-    found = host.status(ETC_HOSTS)
-    mode = found.mode if found else 0o644
-    host.write(ETC_HOSTS, content, _owner_of(host, ETC_HOSTS), mode)
-    _restore_labels(host, [ETC_HOSTS])
+def rewrite(host: Host, path: PurePosixPath, content: bytes) -> None:
+    """Put this into a file that is not the agent's alone; its owner, mode and SELinux label stay."""
+    found = host.status(path)
+    host.write(path, content, found.owner if found else ROOT, found.mode if found else 0o644)
+    _restore_labels(host, [path])
 
 
 def merged_roots(new: bytes, previous: bytes, current: bytes, moment: datetime) -> bytes:

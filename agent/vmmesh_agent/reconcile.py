@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from vmmesh_agent import bundle as bundles
-from vmmesh_agent import found, install, place, signals, ssh, store
+from vmmesh_agent import credential, found, install, place, signals, ssh, store
 from vmmesh_agent.bundle import Bundle, BundleRefusedError, Sidecar
 from vmmesh_agent.errors import AgentError, InstallError
-from vmmesh_agent.fetch import Download, fetch
+from vmmesh_agent.fetch import Download, Fetched, fetch
 from vmmesh_agent.found import Found
 from vmmesh_agent.health import Health, State
 from vmmesh_agent.host import Host
@@ -67,7 +67,7 @@ def reconcile(world: World, watch: Watch, *, again: bool = False) -> Joined:
     with _Package(world) as package:
         if world.config.sidecar.package:
             package.choose(None)  # known already: its download goes on beside the fetching and verifying
-        fetched, clock_offset = _fetch(world)
+        fetched, answer = _fetch(world)
         generation = fetched if again else _worth_trying(world, fetched)
         bundle = _verify(world, generation.bundle)
         package.choose(bundle.sidecar)
@@ -79,7 +79,8 @@ def reconcile(world: World, watch: Watch, *, again: bool = False) -> Joined:
             membership = replace(membership, given_up=None)
         placed = _place(world, membership, bundle)
         started = _start(world, watch)
-    return Joined(bundle, version, (*installed, *placed, *started), clock_offset)
+    _keep_join_token(world, answer)
+    return Joined(bundle, version, (*installed, *placed, *started), answer.clock_offset)
 
 
 def settle(world: World, watch: Watch, known: Known, limit: float) -> Health:
@@ -134,6 +135,14 @@ def restore(host: Host, progress: Progress) -> None:
         changes = plan_of(host, membership)
         place.apply(host, changes)
         step.says(_listed(changes) or "nothing was missing")
+
+
+def is_whole(host: Host) -> bool:
+    """Would `restore` find nothing that the sidecar needs?"""
+    membership = store.load(host)
+    if membership is None:
+        return True
+    return _is_ours(host, membership) and all(change.what == place.FEWER_ROOTS for change in plan_of(host, membership))
 
 
 def recover(world: World, watch: Watch) -> None:
@@ -198,8 +207,8 @@ def go_back(world: World, watch: Watch, membership: Membership) -> None:
 # --- the steps ---
 
 
-def _fetch(world: World) -> tuple[Generation, float | None]:
-    """Return the generation in force, and the endpoint's clock less ours in seconds."""
+def _fetch(world: World) -> tuple[Generation, Fetched]:
+    """Return the generation in force, and what the endpoint answered."""
     membership = store.load(world.host)
     source = world.config.endpoint.url
     known = membership.current if membership and membership.current.source == source else None
@@ -214,10 +223,10 @@ def _fetch(world: World) -> tuple[Generation, float | None]:
         )
         if answer.bundle is None and known:
             step.says("unchanged")
-            return known, answer.clock_offset
+            return known, answer
         assert answer.bundle is not None  # noqa: S101  # "unchanged" answers only a known etag
         step.says(source.partition("?")[0])  # a presigned address has its credential in the query
-        return Generation(answer.bundle, answer.etag, source, world.clock.now()), answer.clock_offset
+        return Generation(answer.bundle, answer.etag, source, world.clock.now()), answer
 
 
 def _worth_trying(world: World, fetched: Generation) -> Generation:
@@ -407,6 +416,17 @@ def _start(world: World, watch: Watch) -> list[str]:
     if membership:
         store.save(host, replace(membership, unfinished=False))
     return done
+
+
+def _keep_join_token(world: World, answer: Fetched) -> None:
+    """Keep the join token that the endpoint took. Before the machine was healthy once, `trial` retires its file."""
+    if answer.join_token:
+        is_new = credential.keep(world.host, answer.join_token)
+        membership = store.load(world.host)
+        if membership and membership.good:
+            trouble = credential.retire(world.host, world.config.endpoint.credential)
+            if trouble and is_new:  # it is tried at each renewal, and told once
+                world.progress.note(trouble)
 
 
 # --- what the steps share ---

@@ -91,7 +91,7 @@ def gather(host: Host, istiod: str, now: datetime) -> Signals:
         # Not /healthz/ready, which Envoy hands to pilot-agent, which logs each time that it is not ready.
         envoy_answers=host.answers(READY_PORT, "/", _LOCAL_SECONDS),
         agent_answers=host.answers(STATUS_PORT, "/", _LOCAL_SECONDS),
-        istiod_addresses=_addresses(host, istiod) if istiod else None,
+        istiod_addresses=_addresses(host, istiod) if istiod and host.is_running else None,
         log_space=_or_none(host, LOG_FOLDER),
         log_size=_size_of_logs(host),
         unseen=() if is_root else ("who signed the certificate", "the token", "traffic capture"),
@@ -315,6 +315,8 @@ def is_captured(host: Host) -> bool | None:
     pilot-agent chooses between the two backends of iptables by itself, so the machine's default is not the last word.
     The legacy one is asked only where it has a nat table: merely asking would make one.
     """
+    if not host.is_running:
+        return None
     captured = _captures(host, "iptables")
     if captured or b"nat" not in (_read(host, _LEGACY_TABLES) or b"").split():
         return captured

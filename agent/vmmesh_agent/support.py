@@ -25,7 +25,7 @@ from pathlib import PurePosixPath
 from typing import Any, ParamSpec
 from urllib.parse import urlsplit, urlunsplit
 
-from vmmesh_agent import __version__, config, store, strict
+from vmmesh_agent import __version__, config, credential, store, strict
 from vmmesh_agent.bundle import TOKEN as TOKEN_FILE
 from vmmesh_agent.errors import AgentError
 from vmmesh_agent.host import Host, LogFile
@@ -370,7 +370,7 @@ def _without_query(url: str) -> str:
 
 def _secrets(host: Host, config_files: Mapping[PurePosixPath, bytes]) -> list[Secret]:
     """Return every secret that this machine has. A program that would print one is not run."""
-    files = [TOKEN, KEY, PurePosixPath("/etc/vmmesh-agent/join-token")]
+    files = [TOKEN, KEY, credential.KEPT, PurePosixPath("/etc/vmmesh-agent/join-token")]
     texts: list[str] = []
     for content in config_files.values():
         try:

@@ -8,7 +8,7 @@ one either, the generation was not to blame, and is tried again.
 from dataclasses import replace
 
 from vmmesh_agent import bundle as bundles
-from vmmesh_agent import install, store
+from vmmesh_agent import credential, install, store
 from vmmesh_agent.config import FirstJoin
 from vmmesh_agent.errors import HostError
 from vmmesh_agent.health import Condition, Health, Severity, State
@@ -81,6 +81,9 @@ def _accept(world: World, membership: Membership) -> None:
         given_up = None  # another generation came after it, and is good
     store.save(world.host, replace(membership, good=membership.current, given_up=given_up))
     install.clear_cache(world.host)
+    trouble = credential.retire(world.host, world.config.endpoint.credential)
+    if trouble and membership.good is None:  # the later ones are `reconcile`'s to tell
+        world.progress.note(trouble)
 
 
 def _give_up(world: World, watch: Watch, membership: Membership, health: Health) -> bool:

@@ -39,7 +39,9 @@ class Units:
         self._root = [] if host.is_running else [f"--root={host.root}"]
 
     def state(self, unit: str) -> UnitState:
-        """Ask systemd; any user may. Where it does not answer, `active` is `unknown`."""
+        """Ask systemd; any user may. Where it does not answer, `active` is `unknown`. In an image tree nothing runs."""
+        if not self._host.is_running:
+            return UnitState(self.exists(unit), "inactive", "dead", main_pid=0, restarts=0, invocation="")
         names = ("LoadState", "ActiveState", "SubState", "MainPID", "NRestarts", "InvocationID")
         asked = self._host.run(["systemctl", "show", unit, f"--property={','.join(names)}"], timeout=10, check=False)
         shown = dict(line.split("=", 1) for line in asked.stdout.splitlines() if "=" in line)

@@ -192,7 +192,9 @@ class Watch:
     def _read_journal(self) -> None:
         """Read what the journal has of the unit since the last time."""
         since = f"--after-cursor={self._cursor}" if self._cursor else "--lines=200"
-        argv = ["journalctl", "--unit", ISTIO, "--output=short-iso", "--no-pager", "--quiet", "--show-cursor", since]
+        tree = [] if self._host.is_running else [f"--root={self._host.root}"]
+        form = ["--output=short-iso", "--no-pager", "--quiet", "--show-cursor"]
+        argv = ["journalctl", *tree, "--unit", ISTIO, *form, since]
         lines = self._host.run(argv, timeout=10, check=False).stdout.splitlines(keepends=True)
         for line in lines:
             if line.startswith(_CURSOR):

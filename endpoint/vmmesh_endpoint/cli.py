@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, 1, 64 usage, 77 not permitted, 78 configuration."""
     log.setup()
     try:
-        options = _parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
         options.command(options)
     except EndpointError as error:
         return _explain(error)
@@ -185,7 +185,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, f"{self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vmmesh-endpoint", description="Hands the bootstrap bundle to machines that may have it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -40,6 +40,13 @@ def test_what_is_installed_stays_where_nobody_names_a_package(tree: Path) -> Non
     assert (planned.installed, planned.source, str(planned)) == ("1.28.2", None, "istio-sidecar 1.28.2 is installed")
 
 
+def test_a_package_whose_script_did_not_run_is_installed_anew(tree: Path) -> None:
+    manager = FakeManager(Host(tree), installed="1.28.2")
+    (tree / "var/lib/istio/proxy").rmdir()
+    planned = plan(tree, manager, Sidecar("1.28.2", (a_package(),)))
+    assert planned.source is not None
+
+
 def test_where_nothing_is_installed_and_nobody_names_a_package_it_is_said(tree: Path) -> None:
     assert refusal(tree, FakeManager(Host(tree))) == "no-package"
     assert refusal(tree, FakeManager(Host(tree)), Sidecar("1.28.2")) == "no-package"

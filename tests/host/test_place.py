@@ -276,8 +276,16 @@ def test_the_table_is_the_documented_one() -> None:
     assert [name for name, entry in TABLE.items() if entry.is_secret] == ["istio-token"]
 
 
+class Running(Host):
+    """A tree as if it were the running machine's: of another tree nobody knows the resolver."""
+
+    @property
+    def is_running(self) -> bool:
+        return True
+
+
 def test_the_agents_own_lines_find_no_name(tmp_path: Path) -> None:
-    host = Host(tmp_path)
+    host = Running(tmp_path)
     (tmp_path / "etc").mkdir()
     ours = "# BEGIN vmmesh-agent\n192.0.2.1 istiod.istio-system.svc\n# END vmmesh-agent\n"
     (tmp_path / "etc/hosts").write_text(f"127.0.0.1 localhost\n{ours}")

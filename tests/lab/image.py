@@ -50,6 +50,7 @@ MASKED_UNITS = (
     "dpkg-db-backup.timer",
     "e2scrub_all.timer",
     "fstrim.timer",
+    "logrotate.timer",
 )
 _AGENT = "/usr/lib/vmmesh-agent"
 _MOUNT = "/mnt"  # where a chroot finds what it shall install; each Debian has this folder
@@ -69,13 +70,15 @@ ID_LIKE="rhel fedora"
 """
 
 
-def layers(family: Family, *, fixture_rpms: Sequence[Path] = ()) -> list[Path]:
+def layers(family: Family, *, fixture_rpms: Sequence[Path] = (), with_agent: bool = True) -> list[Path]:
     """A machine of this family with the installed agent of this repository, the lowest layer first.
 
     `fixture_rpms` stand for the distribution's packages that an rpm may require: the rpm database of a
-    Debian tree is empty.
+    Debian tree is empty. `with_agent=False` is for the agent's own package.
     """
     base = base_tree()
+    if not with_agent:
+        return [base, _family(base, family, fixture_rpms)]
     dependencies = _dependencies(base)
     agent = _agent([base, dependencies])
     return [base, _family(base, family, fixture_rpms), dependencies, agent]
@@ -106,13 +109,31 @@ def debootstrap(tree: Path, packages: Sequence[str]) -> None:
     (tree / "etc/resolv.conf").unlink(missing_ok=True)  # debootstrap's copy of the host's
 
 
+def debian(base: Path, *packages: str) -> Path:
+    """A layer over `base` with more packages of Debian, and all that they require; their services are enabled."""
+    state = (base / "var/lib/dpkg/status").read_bytes()
+
+    def fetch(out: Path) -> None:
+        _progress(f"fetching {', '.join(packages)}")
+        options = [f"Dir::State::status={base}/var/lib/dpkg/status", f"Dir::Cache::archives={out}"]
+        argv = ["apt-get", *(f"--option={option}" for option in (*options, "APT::Sandbox::User=root"))]
+        quietly([*argv, "install", "--yes", "--no-install-recommends", "--download-only", *packages])
+
+    def build(layer: Path) -> None:
+        install = "DEBIAN_FRONTEND=noninteractive dpkg --install /mnt/*.deb"
+        in_chroot([base], layer, ["/bin/sh", "-ec", install], mount=debs)
+
+    debs = cache.entry("debs", [base.name, state, *packages], fetch)
+    return cache.entry("debian-more", [debs.name], build)
+
+
 def _family(base: Path, family: Family, fixture_rpms: Sequence[Path]) -> Path:
     def build(layer: Path) -> None:
         if fixture_rpms:
             names = [f"{_MOUNT}/{path.name}" for path in fixture_rpms]
-            _in_chroot([base], layer, ["rpm", "--install", *names], mount=fixture_rpms[0].parent)
+            in_chroot([base], layer, ["rpm", "--install", *names], mount=fixture_rpms[0].parent)
         others = " ".join(programs for name, programs in _PROGRAMS.items() if name != family)
-        _in_chroot([base], layer, ["/bin/sh", "-ec", f"rm -f {others}"])
+        in_chroot([base], layer, ["/bin/sh", "-ec", f"rm -f {others}"])
         if family == "rpm":
             (layer / "etc").mkdir(exist_ok=True)
             (layer / "etc/os-release").write_text(_RPM_OS_RELEASE)
@@ -130,8 +151,8 @@ def _dependencies(base: Path) -> Path:
     def build(layer: Path) -> None:
         _progress("installing the agent's dependencies")
         install = [f"{_AGENT}/bin/pip", "install", "--quiet", "--no-index", f"--find-links={_MOUNT}"]
-        _in_chroot([base], layer, ["/usr/bin/python3", "-m", "venv", _AGENT])
-        _in_chroot([base], layer, [*install, *requirements], mount=wheels)
+        in_chroot([base], layer, ["/usr/bin/python3", "-m", "venv", _AGENT])
+        in_chroot([base], layer, [*install, *requirements], mount=wheels)
 
     return cache.entry("dependencies", [base.name, wheels.name], build)
 
@@ -146,16 +167,14 @@ def _agent(below: Sequence[Path]) -> Path:
             _build_wheel(wheel)
             install = [f"{_AGENT}/bin/pip", "install", "--quiet", "--no-index", "--no-deps"]
             names = [f"{_MOUNT}/{path.name}" for path in wheel.glob("*.whl")]
-            _in_chroot(below, layer, [*install, *names], mount=wheel)
+            in_chroot(below, layer, [*install, *names], mount=wheel)
         finally:
             shutil.rmtree(wheel)
         (layer / "usr/bin").mkdir(parents=True, exist_ok=True)
         (layer / "usr/bin/vmmesh-agent").symlink_to(f"{_AGENT}/bin/vmmesh-agent")
-        for source in (REPOSITORY / "systemd").iterdir():
-            parent = "usr/lib" if source.name in {"sysusers.d", "tmpfiles.d"} else "usr/lib/systemd/system"
-            (layer / parent).mkdir(parents=True, exist_ok=True)
-            copy = shutil.copytree if source.is_dir() else shutil.copy
-            copy(source, layer / parent / source.name)
+        units = layer / "usr/lib/systemd/system"
+        # Without sysusers.d, which is the agent's package's: here the sidecar's own package makes its user.
+        shutil.copytree(REPOSITORY / "systemd", units, ignore=shutil.ignore_patterns("sysusers.d"))
 
     return cache.entry("agent", inputs, build)
 
@@ -198,7 +217,7 @@ def _host_version() -> str:
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
 
 
-def _in_chroot(below: Sequence[Path], layer: Path, argv: Sequence[str], *, mount: Path | None = None) -> None:
+def in_chroot(below: Sequence[Path], layer: Path, argv: Sequence[str], *, mount: Path | None = None) -> None:
     """Run `argv` in the tree made of the layers `below`; what it changes lands in `layer`."""
     work = layer.with_name(f"{layer.name}.work")
     (work / "root").mkdir(parents=True)

@@ -88,8 +88,12 @@ class Entry:
 class Machine:
     """A context manager; off at its end as if the power had failed."""
 
-    def __init__(self, name: str, *, layers: Sequence[Path], network: Network, run: Run) -> None:
+    def __init__(
+        self, name: str, *, layers: Sequence[Path], network: Network, run: Run, disk: Path | None = None
+    ) -> None:
+        """`disk` is that of another machine, which is off: this one starts with a copy, and is told nothing else."""
         self.name = name
+        self._origin = disk
         self.link = network.attach(name)
         self._run = run
         self._layers = layers
@@ -129,6 +133,8 @@ class Machine:
             *(f"--network-namespace-path={self.link.namespace}", "--resolv-conf=off", "--timezone=off"),
             # nspawn gives it only to machines whose network it made itself: without it, no iptables.
             *("--capability=CAP_NET_ADMIN", "--link-journal=no"),
+            # Landlock, as a real machine has it
+            "--system-call-filter=landlock_create_ruleset landlock_restrict_self",
         ]
         with self._console.open("ab") as console:
             self._nspawn = self._run.spawn(self.name, argv, output=console)
@@ -224,6 +230,11 @@ class Machine:
     # --- files --------------------------------------------------------------
 
     @property
+    def disk(self) -> Path:
+        """What was ever written on top of the layers; another machine may start with a copy while this one is off."""
+        return self._folder / "upper"
+
+    @property
     def root(self) -> Path:
         """The running machine's tree, /run and /tmp included, as the host sees it.
 
@@ -284,9 +295,13 @@ class Machine:
     def _prepare(self) -> None:
         if self._folder.exists():
             shutil.rmtree(self._folder)
-        etc = self._folder / "upper/etc"
-        for folder in (etc, self._folder / "work", self._folder / "root"):
+        for folder in (self._folder / "work", self._folder / "root"):
             folder.mkdir(parents=True)
+        if self._origin:
+            subprocess.run(["cp", "--archive", self._origin, self.disk], check=True)
+            return
+        etc = self.disk / "etc"
+        etc.mkdir(parents=True)
         (etc / "machine-id").write_text(hashlib.sha256(str(self._folder).encode()).hexdigest()[:32] + "\n")
         (etc / "hostname").write_text(f"{self.name}\n")
         names = f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n::1 localhost ip6-localhost ip6-loopback\n"

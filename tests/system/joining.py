@@ -4,11 +4,11 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -29,6 +29,13 @@ PLACED = {"root-cert.pem": ROOT_CERT, "istio-token": TOKEN, "cluster.env": CLUST
 # What changes by itself, or by being looked at: rpm writes to the shared memory and the journal of its database even
 # when it is only asked, the log-in prompt is told of new addresses, and what a package manager said last is a log.
 NOISE = ["/root/.rpmdb/*-shm", "/root/.rpmdb/*-wal", "/run/agetty.reload", "/run/vmmesh-agent/package-manager.log"]
+
+
+class Runs(Protocol):
+    """A machine on which commands can be run, whatever it is made of."""
+
+    def run(self, argv: Sequence[str], *, check: bool = ..., timeout: float = ...) -> subprocess.CompletedProcess[str]:
+        """Run one to its end."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def join(machine: Machine, *arguments: str, env: Mapping[str, str] | None = None
     return done.stdout
 
 
-def status(machine: Machine) -> dict[str, Any]:
+def status(machine: Runs) -> dict[str, Any]:
     """Return what `vmmesh-agent status --output json` says."""
     document: dict[str, Any] = json.loads(
         machine.run(["vmmesh-agent", "status", "--output", "json"], check=False).stdout
@@ -88,13 +95,13 @@ def status(machine: Machine) -> dict[str, Any]:
     return document
 
 
-def unit(machine: Machine, name: str = "istio.service") -> dict[str, str]:
+def unit(machine: Runs, name: str = "istio.service") -> dict[str, str]:
     """Return the properties of a unit by their names."""
     shown = machine.run(["systemctl", "show", name]).stdout
     return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
 
 
-def run_of_sidecar(machine: Machine) -> tuple[str, str, str]:
+def run_of_sidecar(machine: Runs) -> tuple[str, str, str]:
     """Return what changes whenever istio.service is started: its process, its invocation, systemd's own restarts."""
     shown = unit(machine)
     return shown["MainPID"], shown["InvocationID"], shown["NRestarts"]

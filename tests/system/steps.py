@@ -80,7 +80,8 @@ class Subject:
         if step == "install":
             self.slow_useradd(4)
         if SLOW[step]:
-            text = f"[Service]\nExecStart=\nExecStart={shlex.join(_slowly(step))} /usr/bin/vmmesh-agent run\n"
+            start = f"ExecStart=\nExecStart={shlex.join(_slowly(step))} /usr/bin/vmmesh-agent run\n"
+            text = f"[Service]\n{start}SystemCallFilter=@debug\n"  # ptrace, for strace
             self.machine.write(f"/run/systemd/system/{AGENT}.d/slow.conf", text)
             self.machine.run(["systemctl", "daemon-reload"])
 

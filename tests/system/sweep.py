@@ -84,7 +84,10 @@ _INTERPRETER = re.compile(r'"(/usr|/lib|/proc|/dev|/etc/(ld\.so|localtime|passwd
 # What says why: the complaint, and the status of a sidecar that is not healthy after all was done.
 _COMPLAINT = re.compile(r"^vmmesh-agent: .*? \[[a-z0-9-]+\]$|^[^ ] vm/demo: ", re.MULTILINE | re.DOTALL)
 # What the agent and the sidecar may leave: the logs, the agent's own folders, and /etc/hosts is judged by itself.
-_STAYS = ["/var/log/*", "/run/vmmesh-agent*", "/var/lib/vmmesh-agent*", "/etc/hosts", "/run/sweep.trace"]
+_STAYS = [
+    *("/var/log/*", "/run/vmmesh-agent*", "/var/lib/vmmesh-agent*", "/etc/vmmesh-agent/join-token"),
+    *("/etc/hosts", "/run/sweep.trace"),
+]
 _BOOTSTRAP = ("vmmesh-agent", "bootstrap", "--timeout=90")
 
 # --- the judge --------------------------------------------------------------
@@ -312,6 +315,7 @@ class Lane:
             self.fresh()
             self.found = self.machine.snapshot()
         if self.state == "outside":
+            self.mesh.endpoint.invite(self.machine)  # purging took the token
             self.command(*_BOOTSTRAP, check=True)
             self.joined()
         if not self.after:
@@ -490,6 +494,8 @@ def _mend(lane: Lane, point: Point, old: Set, result: Result) -> None:
     """Run the command again, undisturbed, and see that all is well. What left half joins again, every third time."""
     operation = OPERATIONS[point.operation]
     joins = not operation.leaves or point.number % 3 == 0
+    if joins and operation.leaves:
+        lane.mesh.endpoint.invite(lane.machine)  # purging took the token
     done = lane.command(*(_BOOTSTRAP if joins else operation.argv))
     if done.returncode != 0:
         result.wrong.append(f"the next run ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-1500:]}")

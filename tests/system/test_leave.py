@@ -11,9 +11,11 @@ from system.joining import NOISE, ROOT_CERT, Mesh, copy_to, join, status, unit
 AGENT = "vmmesh-agent.service"
 RPM = "/srv/istio-sidecar.rpm"
 CLEAN = "/usr/local/bin/istio-start.sh"
+KEPT = "/var/lib/vmmesh-agent/join-token"
 
 # What `leave --purge` does not put back, and why.
 STAYS = {
+    "/etc/vmmesh-agent/join-token": "the agent took it over when the machine was healthy, and purging removes that",
     "/var/log/*": "logs are for whoever wants to know what was",
     "/etc/passwd-": "useradd and userdel keep what was before them",
     "/etc/group-": "as passwd-",
@@ -48,9 +50,10 @@ def member(joined: Machine, mesh: Mesh) -> Machine:
 # --- as it was found -----------------------------------------------------------------
 
 
-def test_purged_a_machine_is_file_by_file_as_before_its_join(invited: Machine) -> None:
+def test_purged_a_machine_is_file_by_file_as_before_its_join(invited: Machine, mesh: Mesh) -> None:
     before = invited.snapshot()
     for way in ("bootstrap", "daemon"):
+        _invite(invited, mesh)
         if way == "bootstrap":
             join(invited)
         else:
@@ -83,9 +86,11 @@ def test_left_without_purge_a_machine_is_as_the_package_leaves_it(machine: Machi
 
     _leave(machine)
 
-    kept = ["/var/lib/vmmesh-agent", "/var/lib/vmmesh-agent/packages", "/run/vmmesh-agent*", RPM]
+    kept = ["/var/lib/vmmesh-agent*", "/run/vmmesh-agent*", RPM]
     assert _changes(bare, machine, *kept) == []
-    assert machine.run(["find", "/var/lib/vmmesh-agent", "-type", "f"]).stdout == ""
+    # The token for the next join, and nothing else.
+    assert machine.run(["find", "/var/lib/vmmesh-agent", "-type", "f"]).stdout == f"{KEPT}\n"
+    assert machine.read(KEPT).strip() == token
     _assert_out(machine)
     assert unit(machine)["UnitFileState"] == "disabled"
     assert machine.run(["rpm", "--verify", "--nomode", "istio-sidecar"], check=False).stdout == ""
@@ -167,13 +172,14 @@ def test_whoever_left_is_out_for_good_until_the_next_join(member: Machine, mesh:
     assert _streams(mesh, peer)[-1] == "OK"
 
 
-def test_leaving_twice_is_leaving_once(member: Machine) -> None:
+def test_leaving_twice_is_leaving_once(member: Machine, mesh: Mesh) -> None:
     for arguments in ([], ["--purge"]):
         _leave(member, *arguments)
         before = member.snapshot()
         _leave(member, *arguments)
         assert _changes(before, member, "/run/vmmesh-agent*") == []
     assert status(member)["state"] == "not-joined"
+    mesh.endpoint.invite(member)  # purging took the token
     join(member)
 
 

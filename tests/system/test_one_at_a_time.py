@@ -11,7 +11,7 @@ from lab.faulty import Faulty
 from lab.machine import Machine
 from lab.network import Network
 from lab.run import Run
-from system.joining import PLACED, Mesh, join, run_of_sidecar, unit
+from system.joining import PLACED, TOKEN, Mesh, join, run_of_sidecar, unit
 from system.steps import AGENT, STEPS, Subject, is_healthy, left_over, until
 
 _END_SECONDS = 2.0  # within which it has to end; a promise of the agent's, and no measure
@@ -57,6 +57,21 @@ def test_whoever_comes_second_waits_for_the_one_at_work_and_restore_says_who_tha
         if holder == "bootstrap":
             assert first.wait(timeout=60) == 0
     assert subject.sets(new=files) == {"new"}
+
+
+def test_the_sidecar_is_not_started_on_files_that_somebody_is_still_at(subject: Subject) -> None:
+    machine = _member(subject)
+    machine.run(["systemctl", "stop", "istio"])
+    with machine.spawn(["flock", "/run/vmmesh-agent/lock", "sh", "-c", "echo held; sleep 3"]) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        machine.run(["rm", TOKEN])
+
+        machine.run(["systemctl", "start", "istio"])
+
+        assert holder.poll() == 0
+    assert (machine.root / "run/secrets/tokens/istio-token").exists()
+    is_healthy(machine)
 
 
 def test_leaving_does_not_wait_for_the_daemons_attempt(subject: Subject) -> None:

@@ -80,7 +80,7 @@ def test_the_archive_holds_the_machine_and_none_of_its_secrets(joined: Machine) 
     known = {
         "token": token,
         "signature": token.rpartition(".")[2],
-        "join token": joined.read("/etc/vmmesh-agent/join-token").decode().strip(),
+        "join token": joined.read("/var/lib/vmmesh-agent/join-token").decode().strip(),
         "key": joined.read("/etc/certs/key.pem").decode().strip(),
     }
     for number, line in enumerate(known["key"].splitlines()[1:-1]):
