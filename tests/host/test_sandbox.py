@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,15 +67,15 @@ ALLOWED = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder() -> Iterator[Path]:
     """A folder of the user's, which the user can reach, with a file that is the user's and one that is handed over."""
-    (tmp_path / "own").write_text("content")
-    (tmp_path / "given").touch()
-    for path in (tmp_path, tmp_path / "own"):
-        os.chown(path, USER, GROUP)
-    for parent in tmp_path.parents[:2]:  # pytest's own, closed to others
-        parent.chmod(0o755)
-    return tmp_path
+    with tempfile.TemporaryDirectory() as name:  # those of pytest are closed to others
+        folder = Path(name)
+        (folder / "own").write_text("content")
+        (folder / "given").touch()
+        for path in (folder, folder / "own"):
+            os.chown(path, USER, GROUP)
+        yield folder
 
 
 def outcome(what: str, folder: Path, *, sandboxed: bool) -> str:

@@ -176,6 +176,7 @@ def _environment(ansible: Path, folder: Path) -> dict[str, str]:
         "LC_ALL": "C.UTF-8",
         "ANSIBLE_HOME": str(folder / ".ansible"),
         "ANSIBLE_PIPELINING": "true",
+        "ANSIBLE_SSH_ARGS": "-o ControlMaster=no",  # the path of its socket would be too long
     }
 
 

@@ -199,6 +199,7 @@ AGENTS_OWN = {
     "/run/vmmesh-agent/package-manager.log": ("file", "0600", "root"),
     "/var/lib/vmmesh-agent/installed.json": ("file", "0600", "root"),
     "/var/lib/vmmesh-agent/packages": ("folder", "0700", "root"),
+    "/var/lib/vmmesh-agent/join-token": ("file", "0600", "root"),
 }
 # The database of rpm is written in another order, the agent's Python and its libraries are the same on both.
 LEFT_OUT_OF_ALL = [*LEFT_OUT, *(f"{path}/*" for path in LEFT_OUT)]

@@ -306,12 +306,12 @@ def test_an_application_starts_after_the_mesh_and_stops_without_it(
 
 def test_a_hook_runs_on_the_machine_and_one_of_a_user_does_not(served: Machine) -> None:
     hooks = "/etc/vmmesh-agent/hooks.d"
-    served.write(f"{hooks}/10-told", "#!/bin/sh\ncat >> /root/told\n", mode=0o755)
-    served.write(f"{hooks}/20-foreign", "#!/bin/sh\ntouch /root/foreign\n", mode=0o755, owner="istio-proxy")
+    served.write(f"{hooks}/10-told", "#!/bin/sh\ncat >> /run/told\n", mode=0o755)
+    served.write(f"{hooks}/20-foreign", "#!/bin/sh\ntouch /run/foreign\n", mode=0o755, owner="istio-proxy")
     served.run(["systemctl", "stop", "istio"])
-    until(lambda: served.run(["test", "-e", "/root/told"], check=False).returncode == 0)
-    until(lambda: [json.loads(line)["state"] for line in served.read("/root/told").splitlines()][-1] == "stopped")
-    assert served.run(["test", "-e", "/root/foreign"], check=False).returncode == 1
+    until(lambda: served.run(["test", "-e", "/run/told"], check=False).returncode == 0)
+    until(lambda: [json.loads(line)["state"] for line in served.read("/run/told").splitlines()][-1] == "stopped")
+    assert served.run(["test", "-e", "/run/foreign"], check=False).returncode == 1
     assert "hook refused" in served.journal("vmmesh-agent")
 
 

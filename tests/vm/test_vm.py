@@ -55,7 +55,7 @@ def user_data(mesh: Mesh, network: Network, run: Run) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def member(user_data: str, network: Network, run: Run) -> Iterator[VirtualMachine]:
     """A machine after its first boot, from an image that has nothing of the agent."""
-    with VirtualMachine("vm1", cloud_image(), Seed("i-member", user_data), network=network, run=run) as machine:
+    with VirtualMachine("booted1", cloud_image(), Seed("i-member", user_data), network=network, run=run) as machine:
         yield machine
 
 
@@ -90,7 +90,7 @@ def copies(golden: Golden, mesh: Mesh, network: Network, run: Run) -> Iterator[l
     """Two machines of the image, each with a token and an identity of its own, at their first boot."""
     with ExitStack() as stack:
         machines = []
-        for name in ("vm2", "vm3"):
+        for name in ("booted2", "booted3"):
             seed = Seed(f"i-{name}", USER_DATA_OF_A_COPY.format(token=mesh.endpoint.create_token()))
             machine = VirtualMachine(name, golden.image, seed, network=network, run=run)
             stack.callback(machine.power_off)
