@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _DEFAULT_TIMEOUT = 300.0  # of a join, until the sidecar starts
 _SOURCES = ("kernel", "ec2", "aliyun", "gce", "azure")  # as in instance.CLOUDS, which `status` need not import
 _JOIN_UNDONE = "join_undone"  # the condition that outlives the command which told it
-_RESTORE_SECONDS = 50.0  # its unit has a minute
+_RESTORE_SECONDS = 30.0  # its unit has a minute
 _LOOK_SECONDS = 0.5
 _LOCK_SECONDS = 70.0  # the daemon has the lock during an attempt, which asks the endpoint for up to a minute
 
@@ -197,7 +197,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _restore(options: argparse.Namespace) -> int:
     from vmmesh_agent.reconcile import is_whole, restore
-    from vmmesh_agent.world import LOCK
+    from vmmesh_agent.world import LOCK, STARTING
 
     host = Host(options.root)
     host.require_root("restoring the files")
@@ -212,7 +212,7 @@ def _restore(options: argparse.Namespace) -> int:
                 raise
             # It precedes each start of the sidecar, those of `bootstrap` and of the daemon too, which wait for it with
             # the files in place. Who is still at them, or failed at them, lets go of the lock soon.
-            if is_whole(host):
+            if host.status(STARTING) or is_whole(host):
                 print(f"vmmesh-agent: {error.message}, and has seen to the files itself", file=sys.stderr)
                 return 0
 

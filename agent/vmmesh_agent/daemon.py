@@ -160,10 +160,11 @@ class Daemon:
     # --- joining, and staying joined ---
 
     def _await_cloud_init(self) -> None:
-        """See whether a file that an attempt needs is still to be written by cloud-init."""
+        """See whether a file that a first join needs is still to be written by cloud-init."""
         awaited = None
         with suppress(AgentError):  # the attempt tells it better
-            if cloudinit.is_at_work(self.host) and (missing := credential.missing(self.host, self.config)):
+            is_expected = store.load(self.host) is None and cloudinit.is_at_work(self.host)
+            if is_expected and (missing := credential.missing(self.host, self.config)):
                 awaited = _awaited(str(missing))
         if awaited != self._awaited:
             self._awaited = awaited

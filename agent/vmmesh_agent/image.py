@@ -146,6 +146,8 @@ def _remove_identity(host: Host) -> list[PurePosixPath]:
 
 def _remove_credentials(host: Host, named: Named) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
     """Remove what this machine shows to the endpoint. Return what was, and what is there and not the agent's own."""
+    for folder in {_CONFIGURATION, instance.FILE.parent, *(path.parent for path in named.join_tokens)}:
+        host.sweep(folder)
     there = sorted(path for path in named.join_tokens | named.credentials if host.status(path))
     own = [path for path in there if path in named.join_tokens or path.is_relative_to(_CONFIGURATION)]
     for path in own:

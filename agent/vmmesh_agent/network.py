@@ -203,6 +203,8 @@ def _user_data(request: Mapping[str, Any]) -> dict[str, Any]:
             answer = _send(client, client.build_request("PUT", request["session"], headers=wanted), request["kind"])
             if answer.status_code == httpx.codes.OK:  # an older service has no sessions, and asks for none
                 headers[request["session_header"]] = b"".join(_body(answer, limit=_MAX_USER_DATA)).decode("ascii")
+            elif answer.status_code in {408, 429} or answer.status_code >= 500:  # it may have, later
+                _refuse_errors(answer)
             answer.close()
         response = _send(client, client.build_request("GET", request["url"], headers=headers), request["kind"])
         if response.status_code == httpx.codes.NOT_FOUND:

@@ -8,7 +8,7 @@ What is begun is in the journal (`store`), and is finished by whoever comes next
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
@@ -19,7 +19,7 @@ from vmmesh_agent.errors import AgentError, InstallError
 from vmmesh_agent.fetch import Download, Fetched, fetch
 from vmmesh_agent.found import Found
 from vmmesh_agent.health import Health, State
-from vmmesh_agent.host import Host
+from vmmesh_agent.host import ROOT, Host
 from vmmesh_agent.leave import is_half_way, undo
 from vmmesh_agent.packages import managers
 from vmmesh_agent.report import Known
@@ -27,7 +27,7 @@ from vmmesh_agent.store import Generation, Membership
 from vmmesh_agent.units import ISTIO
 from vmmesh_agent.verify import VerifiedBundle, verify
 from vmmesh_agent.watch import Watch
-from vmmesh_agent.world import LOCK, Progress, Step, World
+from vmmesh_agent.world import LOCK, STARTING, Progress, Step, World
 
 _NAMES = {place.ETC_HOSTS: bundles.HOSTS, **{entry.path: name for name, entry in place.TABLE.items()}}  # in a bundle
 _POLL_SECONDS = 0.25
@@ -138,11 +138,14 @@ def restore(host: Host, progress: Progress) -> None:
 
 
 def is_whole(host: Host) -> bool:
-    """Would `restore` find nothing that the sidecar needs?"""
-    membership = store.load(host)
-    if membership is None:
-        return True
-    return _is_ours(host, membership) and all(change.what == place.FEWER_ROOTS for change in plan_of(host, membership))
+    """Would `restore` find nothing that the sidecar needs? What cannot be judged just now is not whole."""
+    with suppress(AgentError):
+        membership = store.load(host)
+        if membership is None:
+            return True
+        is_ours = _is_ours(host, membership)
+        return is_ours and all(change.what == place.FEWER_ROOTS for change in plan_of(host, membership))
+    return False
 
 
 def recover(world: World, watch: Watch) -> None:
@@ -153,6 +156,7 @@ def recover(world: World, watch: Watch) -> None:
     host = world.host
     host.sweep(store.FOLDER)
     host.sweep(LOCK.parent)
+    host.remove(STARTING)
     if is_half_way(host):
         undo(host, world.progress, with_package=False)
     membership = store.load(host)
@@ -324,7 +328,7 @@ def _install(world: World, package: _Package) -> tuple[str, list[str]]:
             raise
         source.manager.wait()  # while the sidecar still serves
         was_running = _is_running(world)
-        _note_as_found(world, has_sidecar=package.plan.installed is not None)
+        _note_as_found(world, has_sidecar=source.manager.installed(install.NAME) is not None)
         with _running_again(world, was_running):
             begin(host)
             _stop(world)
@@ -409,7 +413,8 @@ def _start(world: World, watch: Watch) -> list[str]:
                 done.append("certificate had expired")
             if units.state(ISTIO).active in {"inactive", "failed", "activating"}:
                 watch.begin_anew()
-                units.start(ISTIO)
+                with _starting(host):
+                    units.start(ISTIO)
                 done.append(f"{ISTIO} started")
         step.says(", ".join(done) or f"{ISTIO} is running")
     membership = store.load(host)
@@ -476,6 +481,17 @@ def _is_running(world: World) -> bool:
 def _stop(world: World) -> None:
     if _is_running(world):
         world.units.stop(ISTIO)
+
+
+@contextmanager
+def _starting(host: Host) -> Iterator[None]:
+    """Tell `restore`, which comes before the sidecar, not to wait for us: the files are as they shall be."""
+    host.make_folder(STARTING.parent, ROOT, 0o755)
+    host.write(STARTING, b"", ROOT, 0o600)
+    try:
+        yield
+    finally:
+        host.remove(STARTING)
 
 
 @contextmanager

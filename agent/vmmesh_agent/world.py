@@ -13,6 +13,9 @@ from vmmesh_agent.host import Host
 from vmmesh_agent.units import Units
 
 LOCK = PurePosixPath("/run/vmmesh-agent/lock")  # whoever changes the machine holds it
+STARTING = PurePosixPath(
+    "/run/vmmesh-agent/starting"
+)  # is there while who holds the lock waits for the sidecar's start
 
 
 class Step(Protocol):
