@@ -69,6 +69,8 @@ build {
   provisioner "shell" {
     execute_command = "sudo env DEBIAN_FRONTEND=noninteractive sh -e '{{ .Path }}'"
     inline = [
+      "cloud-init status --wait || :", # it may still be at apt
+      "apt-get update",
       "apt-get install --yes --no-install-recommends /tmp/istio-sidecar.deb /tmp/vmmesh-agent.deb",
       "install --mode=0644 /tmp/config.yaml /etc/vmmesh-agent/config.yaml",
       "rm /tmp/istio-sidecar.deb /tmp/vmmesh-agent.deb /tmp/config.yaml",
